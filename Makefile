@@ -1,0 +1,56 @@
+# Every target sets itself up: on a fresh machine `make demo` or `make test` is all that is needed.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# The first of these that runs and is new enough; python3.11 first, constraints.txt was frozen with it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+# One thread a process: the tests run in parallel, and small tensors lose time to more threads.
+WORKERS ?= 2
+ONE     := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+# Real scans, where this machine has them; tests that need them say so and skip where it has not.
+ifndef TUNEMRI_DATA
+ifneq ($(wildcard ../shared/data/train),)
+export TUNEMRI_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv with tunemri and everything needed to work on it
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "tunemri needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## the embedded scan through the whole range of a dial, with a report to look at
+	$(BIN)/tunemri demo -o demo --overwrite
+	@echo "open $(abspath demo)/report.html"
+
+test: $(STAMP) ## all tests (WORKERS=2 processes)
+	$(ONE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+check: $(STAMP) ## format, lint, types, import order
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(ONE) $(BIN)/python -m pytest -q tests/test_layers.py
+
+format: $(STAMP) ## put the code into the form that check asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## classical solvers against BART, operators against the plain form; one thread each
+	$(ONE) $(BIN)/python benchmarks/operators.py
+	$(ONE) $(BIN)/python benchmarks/classical.py
+
+clean: ## remove what make made
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

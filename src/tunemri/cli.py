@@ -1,0 +1,855 @@
+"""The command line: each command reads its options, calls the package, and writes its output with a sidecar.
+
+Heavy imports stay inside the commands, so that help and version answer at once. How things are said, and what
+errors become, is in `console`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from . import __version__, console, errors, files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .evaluation import Contestant
+    from .methods import Reconstructor
+    from .scan import Reconstruction, Scan
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tunemri",
+    help="MRI reconstruction that you can still tune after training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ScanArgument = Annotated[Path, Argument(metavar="SCAN", help="any readable k-space file")]
+Model = Annotated[
+    str, Option("-m", "--model", metavar="MODEL", help="bundled name, .safetensors file, or method[:dial=value]")
+]
+Models = Annotated[
+    list[str], Option("-m", "--model", metavar="MODEL", help="repeatable: bundled name, file, or method[:dial=value]")
+]
+Output = Annotated[Path, Option("-o", "--output", metavar="OUT", help="output; its suffix picks the format")]
+OutputFolder = Annotated[Path, Option("-o", "--output", metavar="DIR", help="output folder")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace an existing output")]
+AsJson = Annotated[bool, Option("--json", help="one JSON object on standard output")]
+Slices = Annotated[str | None, Option("--slice", metavar="K or START:STOP", help="only these slices, counted from 0")]
+Csm = Annotated[str, Option("--csm", help="coil maps, where the scan has none: low-resolution, walsh, or a file")]
+ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]
+Extrapolate = Annotated[bool, Option("--extrapolate", help="allow dials outside their range")]
+Seed = Annotated[int, Option("--seed", min=0, help="of everything random")]
+
+
+# ---------------------------------------------------------------- start
+
+
+@app.command()
+def demo(
+    output: OutputFolder = Path("tunemri-demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """The main job on the embedded sample: tune, choose, compare; writes report.html."""
+    from .demo import run
+
+    with console.progress("demo") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
+        line = run(folder, bar)
+    print(f"{line}\nreport: {output / 'report.html'}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check the install and the device with one tiny reconstruction; say what is missing and how to get it."""
+    import importlib.util
+    import os
+    import platform
+    import time
+
+    import torch
+
+    from . import methods
+    from .simulate import sample
+
+    start = time.perf_counter()
+    scan, target = sample()
+    out = methods.reconstruct(scan, methods.load("sense"))
+    error = float((out.magnitude - target.abs()).norm() / target.abs().norm())
+    seconds = time.perf_counter() - start
+    facts = {
+        "ok": error < 0.3,
+        "tunemri": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "tiny_reconstruction": {"seconds": round(seconds, 3), "nrmse": round(error, 4)},
+        "models": sorted(methods.bundled()),
+        "missing": {
+            name: f"pip install {name}: {why}"
+            for name, why in {"skimage": "metrics oracle in the tests"}.items()
+            if importlib.util.find_spec(name) is None
+        },
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print(f"tunemri {__version__}, Python {facts['python']}, torch {torch.__version__}")
+    print(f"device {facts['device']}, {facts['threads']} threads on {facts['cores']} cores")
+    print(f"models: {', '.join(facts['models']) or 'none bundled'}")
+    print(
+        f"tiny reconstruction: {seconds:.2f} s, NRMSE {error:.3f}: {'fine' if facts['ok'] else 'WRONG, please report it'}"
+    )
+    if not facts["ok"]:
+        raise errors.Internal(f"the tiny reconstruction has NRMSE {error:.3f}, expected below 0.3")
+
+
+@app.command()
+def info(
+    file: Annotated[Path, Argument(metavar="FILE", help="scan, image or weights")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in a file, and what can and cannot be done with it."""
+    files.check(file)
+    if files.sniff(file) == "safetensors" or file.suffix == ".safetensors":
+        from . import methods
+
+        header = methods.card(file)
+        facts = {
+            "kind": "weights", "method": header["method"], "dials": header.get("dials", {}),
+            "arguments": header["arguments"], "recipe": header.get("recipe", {}),
+            "can": [f"tunemri recon SCAN -m {file} -o OUT.h5"], "cannot": [],
+        }  # fmt: skip
+    else:
+        from . import formats
+
+        facts = formats.inspect(file)
+    if as_json:
+        print(json.dumps({"ok": True, "file": str(file), **console.plain(facts)}))
+        return
+    for name, value in facts.items():
+        if name in ("can", "cannot"):
+            for sentence in value:
+                print(f"{name:>14}  {console.one_line(str(sentence))}")
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                print(f"{name:>14}  {console.one_line(f'{key}: {json.dumps(console.plain(inner))}')}")
+        elif value is not None:
+            print(f"{name:>14}  {console.one_line(str(value))}")
+
+
+# ---------------------------------------------------------------- use
+
+
+@app.command()
+def simulate(
+    image: Annotated[Path, Argument(metavar="IMAGE", help="any readable image or volume")],
+    output: Output,
+    mask: Annotated[str, Option("--mask", metavar="NAME|FILE", help="mask family (see `tunemri masks`) or a 0/1 file")],
+    acceleration: Annotated[float, Option("--acceleration", "-R", help="grid points per sample")] = 4.0,
+    coils: Annotated[int, Option("--coils", min=1)] = 8,
+    noise: Annotated[float, Option("--noise", help="standard deviation over the image maximum")] = 0.01,
+    phase_axis: Annotated[str | None, Option("--phase-axis", help="rows or columns (Cartesian masks)")] = None,
+    center_fraction: Annotated[
+        float | None, Option("--center-fraction", help="fully sampled share (Cartesian masks)")
+    ] = None,
+    seed: Seed = 0,
+    slices: Slices = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an undersampled multi-coil scan from an image; it is marked as simulated."""
+    from . import formats
+    from .simulate import simulate as simulated
+
+    _not_the_input(output, image)
+    picture = formats.read_image(image, slices=_slices(slices), prefer="reference")
+    shape = (picture.data.shape[-2], picture.data.shape[-1])
+    options = {"phase_axis": phase_axis, "center_fraction": center_fraction}
+    pattern = _mask(mask, shape, acceleration, seed, {k: v for k, v in options.items() if v is not None})
+    scan, target = simulated(
+        picture.data, mask=pattern, coils=coils, noise=noise, seed=seed, geometry=picture.geometry, mask_name=mask
+    )
+    notes = formats.write(output, scan, reference=target, overwrite=overwrite)
+    facts = {
+        "ok": True, "out": str(output), "image": str(image), "image_sha256": files.sha256(image), "mask": mask,
+        "nominal_acceleration": acceleration, "acceleration": scan.acceleration, "coils": coils, "noise": noise,
+        "noise_std": scan.noise_std, "seed": seed, "shape": list(scan.kspace.shape), "provenance": scan.provenance, **notes,
+    }  # fmt: skip
+    console.sidecar(output, facts, overwrite=overwrite)
+    _result(
+        facts,
+        as_json,
+        f"{output}  {len(scan)} slices  {coils} coils  acceleration {scan.acceleration:.2f} (asked {acceleration:g})",
+    )
+
+
+@app.command()
+def recon(
+    scans: Annotated[list[Path], Argument(metavar="SCAN...", help="any readable k-space files")],
+    output: Annotated[
+        Path,
+        Option(
+            "-o", "--output", metavar="OUT", help="a file (its suffix picks the format), or a folder for several scans"
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        Option("-m", "--model", metavar="MODEL", help="bundled name, .safetensors file, or method[:dial=value]"),
+    ] = None,
+    settings: Annotated[list[str] | None, Option("--set", metavar="DIAL=VALUE", help="repeatable")] = None,
+    source: Annotated[
+        Path | None, Option("--from", metavar="SIDECAR", help="repeat the settings of an earlier OUT.json")
+    ] = None,
+    csm: Csm = "low-resolution",
+    reference: ReferenceFile = None,
+    slices: Slices = None,
+    seed: Seed = 0,
+    extrapolate: Extrapolate = False,
+    device: Annotated[str, Option("--device", help="cpu or cuda")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reconstruct scans at chosen dials."""
+    import torch
+
+    _device(device)
+    torch.manual_seed(seed)
+    earlier: dict[str, Any] = _read_sidecar(source) if source else {}
+    if model is None:
+        model = earlier.get("model")
+    if model is None:
+        raise errors.BadOption(
+            "no model named", key="model", help="-m hyper-brain, -m tv, … (see `tunemri models`, `tunemri methods`)"
+        )
+    if source and slices is None:
+        slices = earlier.get("slice")
+    if source and csm == "low-resolution":
+        csm = earlier.get("csm", csm)
+    chosen = _contestant(model, earlier.get("dials", {}), settings or [], extrapolate)
+    chosen.model.to(device)
+    many = len(scans) > 1 or output.is_dir()
+    jobs = [(scan, output / f"{_stem(scan)}.h5" if many else output) for scan in scans]
+    targets = [target for _, target in jobs]
+    if len(set(targets)) < len(targets):
+        raise errors.BadOption(
+            "two scans have the same file name", file=output, help="reconstruct them into different folders"
+        )
+    if many:
+        files.make_folder(output)
+    done: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
+    with console.progress("recon") as bar:
+        for number, (scan, target) in enumerate(jobs, 1):
+            try:
+                facts = _recon_one(
+                    scan, target, chosen, csm=csm, reference=reference, slices=slices, seed=seed,
+                    extrapolate=extrapolate, device=device, overwrite=overwrite,
+                )  # fmt: skip
+                done.append(facts)
+            except Exception as error:
+                known = console.as_error(error)
+                if known is None or not many:
+                    raise
+                console.say(console.error_line(known))
+                refused.append({"scan": str(scan), **console.describe(known)})
+            bar(number, len(jobs))
+    if many:
+        summary = {"ok": not refused, "done": done, "refused": refused}
+        with files.write_atomically(output / "summary.json", overwrite=True) as temporary:
+            temporary.write_text(json.dumps(console.plain(summary), indent=1) + "\n", encoding="utf-8")
+        _result(
+            summary,
+            as_json,
+            f"{output}  {len(done)} of {len(jobs)} scans done" + (f", {len(refused)} refused" if refused else ""),
+        )
+        if refused:
+            raise typer.Exit(1 if done else 2)
+    else:
+        facts = done[0]
+        _result(facts, as_json, _recon_line(facts))
+
+
+@app.command()
+def sweep(
+    scan: ScanArgument,
+    model: Model,
+    output: OutputFolder,
+    grid: Annotated[
+        list[str] | None,
+        Option(
+            "--grid",
+            metavar="DIAL=START:STOP:N",
+            help="repeatable; also DIAL=N and DIAL=V1,V2,…; every dial 11 points by default",
+        ),
+    ] = None,
+    reference: ReferenceFile = None,
+    metrics: Annotated[
+        str, Option("--metrics", help="comma-separated, e.g. psnr,ssim,nmse,mae,hfen")
+    ] = "psnr,ssim,mae,hfen",
+    csm: Csm = "low-resolution",
+    slices: Slices = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reconstruct one scan over a grid of dials: table.csv, images.npy, and pictures."""
+    import numpy as np
+    import torch
+
+    from . import evaluation, plots
+
+    names = _metrics(metrics)
+    contestant = _contestant(model, {}, [], False)
+    data, truth = _load(scan, slices, csm, reference)
+    dials = contestant.model.dials
+    axes = _grid(grid or [], contestant.model) or {name: 11 for name in dials}
+    fixed = {name: value for name, value in contestant.dials.items() if name not in axes}
+    with console.progress("sweep") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
+        rows = evaluation.sweep(data, contestant.model, {**fixed, **axes}, reference=truth, metrics=names, progress=bar)
+        rows = [dataclasses.replace(row, labels={"model": model}) for row in rows]
+        evaluation.write_csv(folder / "table.csv", evaluation.records(rows))
+        np.save(folder / "images.npy", torch.stack([row.image for row in rows if row.image is not None]).numpy())
+        middle = len(data) // 2
+        for dial in axes:
+            own = _slice_through(rows, dial)
+            if len({row.dials[dial] for row in own}) > 1:
+                plots.contact_sheet(own, dial, reference=truth, slice_index=middle).save(folder / f"images-{dial}.png")
+                shown = list(names[:2]) if truth is not None else ["residual"]
+                plots.dial_curve(own, dial, shown, about=dials[dial]).save(folder / f"curve-{dial}.png")
+        best = {name: evaluation.choose_by_reference(rows, name) for name in names} if truth is not None else {}
+        facts = {
+            "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "model": model,
+            "settings": len(rows), "grid": axes, "acceleration": data.acceleration, "rows": evaluation.records(rows),
+            "best": {name: {"dials": row.dials, "value": row.metrics[name]} for name, row in best.items()},
+        }  # fmt: skip
+        console.sidecar(folder / "sweep", facts, overwrite=False)
+    text = "  ".join(f"best {n} {row.metrics[n]:.4g} at {_words(row.dials)}" for n, row in best.items())
+    _result(facts, as_json, f"{output}  {len(rows)} settings  {text}")
+
+
+@app.command()
+def compare(
+    scan: ScanArgument,
+    model: Models,
+    output: Output,
+    reference: ReferenceFile = None,
+    csm: Csm = "low-resolution",
+    slices: Slices = None,
+    metrics: Annotated[str, Option("--metrics", help="comma-separated")] = "psnr,ssim",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Methods side by side on one scan: a picture strip, metrics under each image."""
+    from . import evaluation, plots
+
+    names = _metrics(metrics)
+    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise errors.BadOption(
+            f"found suffix {output.suffix!r}, expected .png, .pdf or .svg", file=output, key="output"
+        )
+    contestants = [_contestant(text, {}, [], False) for text in model]
+    data, truth = _load(scan, slices, csm, reference)
+    case = evaluation.Case(name=scan.name, scan=data, reference=truth)
+    with console.progress("compare") as bar:
+        rows = evaluation.evaluate(contestants, [case], metrics=names, keep_images=True, progress=bar)
+    middle = len(data) // 2
+    panels = [
+        plots.Panel(title=c.name, image=row.image[middle], metrics=row.metrics)
+        for c, row in zip(contestants, rows, strict=True)
+        if row.image is not None
+    ]
+    figure = plots.strip(panels, None if truth is None else truth[middle].abs())
+    figure.save(output, overwrite=overwrite)
+    facts = {
+        "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "slice": middle,
+        "acceleration": data.acceleration, "rows": evaluation.records(rows),
+    }  # fmt: skip
+    console.sidecar(output, facts, overwrite=overwrite)
+    shown = (
+        "\n".join("  ".join(line) for line in evaluation.table(evaluation.summarise(rows))) if truth is not None else ""
+    )
+    _result(facts, as_json, f"{output}\n{shown}".strip())
+
+
+# ---------------------------------------------------------------- research
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, Argument(metavar="RECIPE.toml")],
+    output: Annotated[Path, Option("-o", "--output", metavar="RUN", help="run folder")],
+    changes: Annotated[
+        list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="change the recipe; repeatable")
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="go on with the run in this folder")] = False,
+    threads: Annotated[int | None, Option("--threads", min=1, help="processor threads")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train from a recipe; RUN/model.safetensors is the result. Several processes: torchrun -m tunemri train …"""
+    import torch
+
+    from . import training
+
+    if threads:
+        torch.set_num_threads(threads)
+
+    def report(state: dict[str, Any]) -> None:
+        left = state["seconds"] / state["step"] * (state["steps"] - state["step"])
+        console.say(
+            f"step {state['step']}/{state['steps']}  loss {state['loss']:.4f}  {state['seconds']:.0f} s, {left:.0f} s left"
+        )
+
+    try:
+        training.train(training.read_recipe(recipe, changes or []), output, resume=resume, report=report)
+    except training.Interrupted as stop:
+        console.say(f"interrupted, state saved; go on with: tunemri train {recipe} --resume -o {output}")
+        raise typer.Exit(128 + stop.signum) from None
+    facts = {"ok": True, "out": str(output / "model.safetensors"), "sha256": files.sha256(output / "model.safetensors")}
+    _result(facts, as_json, f"{facts['out']}  {facts['sha256'][:12]}")
+
+
+@app.command()
+def evaluate(
+    model: Models,
+    data: Annotated[Path, Option("--data", metavar="DIR", help="folder of images, or of scans with a reference")],
+    output: OutputFolder,
+    masks: Annotated[
+        list[str] | None,
+        Option(
+            "--masks",
+            metavar="NAME:R",
+            help="repeatable; mask families with acceleration, or a 0/1 file; default poisson:4",
+        ),
+    ] = None,
+    sources: Annotated[
+        str | None, Option("--sources", help="comma-separated data sets of a shared-data folder")
+    ] = None,
+    limit: Annotated[int, Option("--limit", min=1, help="images per source, evenly spaced")] = 10,
+    coils: Annotated[int, Option("--coils", min=1)] = 1,
+    noise: Annotated[float, Option("--noise", help="standard deviation over the image maximum")] = 0.0,
+    seed: Seed = 0,
+    metrics: Annotated[str, Option("--metrics", help="comma-separated")] = "psnr,ssim,mae,hfen",
+    tune: Annotated[
+        bool,
+        Option("--tune", help="give each method without weights its best `lam` for each mask, on these very images"),
+    ] = False,
+    grid: Annotated[
+        int,
+        Option("--grid", min=0, help="points along the dial of each trained model; 0: its given or default setting"),
+    ] = 0,
+    fail_under: Annotated[
+        list[str] | None,
+        Option("--fail-under", metavar="METRIC=VALUE", help="exit 5 unless the first model's mean reaches it"),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score methods on images that are undersampled here: table.md, rows.csv, curves and report.html."""
+    from . import scoring
+
+    gates = dict(_pair(text, "fail-under") for text in fail_under or [])
+    names = _metrics(metrics, *gates)
+    contestants = [_contestant(text, {}, [], False) for text in model]
+    plan = scoring.Plan(
+        folder=data, sources=tuple(sources.split(",")) if sources else None, limit=limit, coils=coils, noise=noise,
+        seed=seed, masks=tuple(masks or ["poisson:4"]),
+    )  # fmt: skip
+    with console.progress("evaluate") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
+        rows, text = scoring.run(
+            contestants, plan, folder, metrics=names, tune=tune, grid=grid, mask=_mask, progress=bar
+        )
+        means = scoring.means(rows, contestants[0].name, names)
+        failed = scoring.below(means, {name: _number(value, name) for name, value in gates.items()})
+        facts = {
+            "ok": not failed, "out": str(output), "plan": dataclasses.asdict(plan), "models": model,
+            "means": means, "summary": scoring.summary(rows), "failed": failed,
+        }  # fmt: skip
+        console.sidecar(folder / "evaluate", facts, overwrite=False)
+    _result(facts, as_json, f"{text}\n{output / 'report.html'}")
+    if failed:
+        for name, bound in failed.items():
+            console.say(f"gate: mean {name} {means[name]:.4g} does not reach {bound:g}")
+        raise typer.Exit(5)
+
+
+@app.command()
+def models(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_json: AsJson = False) -> None:
+    """The models that ship: dials with ranges and the words at both ends, training data, scores."""
+    from . import methods
+
+    cards = {n: methods.card(path) for n, path in methods.bundled().items()}
+    _listing(cards, name, "model", as_json, lambda c: c["recipe"].get("summary", c["method"]))
+
+
+@app.command()
+def methods(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_json: AsJson = False) -> None:
+    """The methods that there are, with their dials."""
+    import inspect
+
+    from .methods import METHODS
+
+    def describe(kind: type[Reconstructor]) -> dict[str, Any]:
+        needs = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+        dials = {} if needs else {n: d.as_dict() for n, d in kind().dials.items()}
+        about = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0]
+        return {
+            "about": about,
+            "needs_weights": bool(needs),
+            "arguments": list(inspect.signature(kind).parameters),
+            "dials": dials,
+        }
+
+    _listing({n: describe(kind) for n, kind in METHODS.items()}, name, "method", as_json, lambda d: d["about"])
+
+
+@app.command()
+def masks(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_json: AsJson = False) -> None:
+    """The sampling patterns that `simulate` and `evaluate` can make."""
+    from . import masks as patterns
+
+    known = {n: {"about": patterns.describe(n), "options": patterns.options(n)} for n in patterns.MASKS}
+    _listing(known, name, "mask", as_json, lambda d: d["about"])
+
+
+# ---------------------------------------------------------------- what the commands share
+
+
+def _recon_one(
+    scan: Path, target: Path, chosen: Contestant, *, csm: str, reference: Path | None, slices: str | None,
+    seed: int, extrapolate: bool, device: str, overwrite: bool,
+) -> dict[str, Any]:  # fmt: skip
+    import time
+
+    from . import formats, metrics
+    from .fourier import crop
+    from .methods import reconstruct
+
+    _not_the_input(target, scan)
+    formats.check_writable(target, overwrite=overwrite)
+    if not overwrite and console.sidecar_path(target).exists():
+        raise errors.BadOption(
+            "exists already", file=console.sidecar_path(target), help="choose another name or give --overwrite"
+        )
+    data, truth = _load(scan, slices, csm, reference)
+    start = time.perf_counter()
+    out: Reconstruction = reconstruct(data.to(device), chosen.model, extrapolate=extrapolate, **chosen.dials)
+    image = out.image.cpu()
+    seconds = time.perf_counter() - start
+    scores = (
+        {}
+        if truth is None
+        else metrics.score(crop(image, truth.shape[-2:]), truth, ("psnr", "ssim", "nmse", "mae", "hfen"))
+    )
+    if out.status != "converged":
+        errors.warn(f"{scan}: not converged: {out.status}")
+    notes = formats.write(target, dataclasses.replace(out, image=image), geometry=data.geometry, overwrite=overwrite)
+    facts = {
+        "ok": True, "out": str(target), "out_sha256": files.sha256(target), "scan": str(scan), "scan_sha256": files.sha256(scan),
+        "model": chosen.name, "model_sha256": _model_hash(chosen.name), "dials": dict(out.dials), "csm": csm, "slice": slices,
+        "seed": seed, "device": device, "shape": list(image.shape), "coils": data.coils, "provenance": data.provenance,
+        "acceleration": data.acceleration, "scale": out.stats.get("scale"), "residual": None if out.residual is None else float(out.residual.mean()),
+        "status": out.status, "metrics": scores, "seconds": seconds, **notes,
+    }  # fmt: skip
+    console.sidecar(target, facts, overwrite=overwrite)
+    return facts
+
+
+def _recon_line(facts: dict[str, Any]) -> str:
+    parts = [facts["out"], _words(facts["dials"]), f"acceleration={facts['acceleration']:.2f}"]
+    parts += [f"residual={facts['residual']:.2%}"] if facts["residual"] is not None else []
+    parts += [f"{name}={facts['metrics'][name]:.4g}" for name in ("psnr", "ssim") if name in facts["metrics"]]
+    return "  ".join(p for p in [*parts, f"{facts['seconds']:.2f} s"] if p)
+
+
+def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> tuple[Scan, Tensor | None]:
+    """A scan with coil maps, and its ground truth where one is named or lies in the file itself."""
+    from . import coils, formats
+    from .methods import prepare
+
+    cut = _slices(slices)
+    scan = formats.read(path, slices=cut)
+    if scan.coils > 1 or csm not in coils.MAPS:
+        if csm in coils.MAPS:
+            # Estimated here, once, for all that is done with this scan.
+            scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
+        elif Path(csm).exists():
+            maps = formats.read_image(Path(csm)).data
+            scan = dataclasses.replace(scan, csm=maps.to(scan.kspace.dtype)[None])
+        else:
+            raise errors.BadOption(f"found {csm!r}, no such file", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
+    truth = (
+        formats.read_reference(path, slices=cut)
+        if reference is None
+        else formats.read_image(reference, slices=None, prefer="reference").data
+    )
+    if truth is not None and reference is not None and cut is not None and len(truth) != len(scan):
+        truth = truth[cut]
+    if (
+        truth is not None
+        and reference is not None
+        and (len(truth) != len(scan) or any(a > b for a, b in zip(truth.shape[1:], scan.image_shape, strict=True)))
+    ):
+        raise errors.InconsistentShapes(
+            f"found {tuple(truth.shape)}, the reconstruction is {(len(scan), *scan.image_shape)}",
+            file=reference,
+            key="reference",
+        )
+    return scan, truth
+
+
+def _contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapolate: bool) -> Contestant:
+    """MODEL[:dial=value,…] with the settings of a sidecar and of --set on top, all checked."""
+    from .evaluation import Contestant
+    from .methods import load
+
+    name, dials = text, {}
+    # A colon may also belong to a path: only `:key=value` at the end is a setting.
+    if "=" in text.rpartition(":")[2] and ":" in text and not Path(text).exists():
+        name, _, tail = text.rpartition(":")
+        dials = dict(_pair(part, "model") for part in tail.split(","))
+    dials = {**earlier, **dials, **dict(_pair(part, "set") for part in settings)}
+    model = load(name)
+    checked = model.check_dials(dials, extrapolate=extrapolate)
+    return Contestant(name=text, model=model, dials={key: checked[key] for key in dials})
+
+
+def _model_hash(text: str) -> str | None:
+    from .methods import bundled
+
+    name = text.rpartition(":")[0] if "=" in text.rpartition(":")[2] else text
+    path = bundled().get(name, Path(name))
+    return files.sha256(path) if path.is_file() else None
+
+
+def _pair(text: str, key: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name or not value:
+        raise errors.BadOption(f"found {text!r}, expected NAME=VALUE", key=key)
+    return name.strip(), value.strip()
+
+
+def _number(text: str, key: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise errors.BadOption(f"found {text!r}, expected a number", key=key) from None
+
+
+def _whole(text: str, key: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise errors.BadOption(f"found {text!r}, expected a whole number", key=key) from None
+
+
+def _grid(texts: list[str], model: Reconstructor) -> dict[str, Any]:
+    """`DIAL=START:STOP:N`, `DIAL=N` or `DIAL=V1,V2` → dial → values."""
+    from .evaluation import grid
+
+    axes: dict[str, Any] = {}
+    for text in texts:
+        name, value = _pair(text, "grid")
+        if name not in model.dials:
+            raise errors.BadOption("no such dial", key=name, help=errors.did_you_mean(name, model.dials))
+        dial, parts = model.dials[name], value.split(":")
+        if len(parts) == 3:
+            axes[name] = grid(dial, _whole(parts[2], name), _number(parts[0], name), _number(parts[1], name))
+        elif len(parts) == 1 and "," in value or dial.choices:
+            axes[name] = [v if dial.choices else _number(v, name) for v in value.split(",")]
+        elif len(parts) == 1:
+            axes[name] = grid(dial, _whole(value, name))
+        else:
+            raise errors.BadOption(f"found {text!r}, expected DIAL=START:STOP:N", key="grid")
+    return axes
+
+
+def _slice_through(rows: Any, dial: str) -> Any:
+    """The rows along one dial, all other dials at their middle value."""
+    others = {name for row in rows for name in row.dials} - {dial}
+    middle = {
+        name: sorted({row.dials[name] for row in rows}, key=str)[len({row.dials[name] for row in rows}) // 2]
+        for name in others
+    }
+    return [row for row in rows if all(row.dials[name] == value for name, value in middle.items())]
+
+
+def _mask(name: str, shape: tuple[int, int], acceleration: float, seed: int, options: dict[str, Any]) -> Tensor:
+    """A mask by family, or from a file of zeros and ones."""
+    from . import formats, masks
+
+    if name in masks.MASKS or not Path(name).exists():
+        return masks.make_mask(name, shape, acceleration, seed=seed, **options)
+    if options:
+        raise errors.BadOption("a mask from a file takes no options", key=next(iter(options)))
+    return formats.read_mask(Path(name), shape)
+
+
+def _metrics(text: str, *more: str) -> tuple[str, ...]:
+    from .metrics import known
+
+    names = tuple(dict.fromkeys([*(part.strip() for part in text.split(",") if part.strip()), *more]))
+    for name in names:
+        known(name)
+    return names
+
+
+def _slices(text: str | None) -> slice | None:
+    if text is None:
+        return None
+    start, colon, stop = str(text).partition(":")
+    first = _whole(start, "slice") if start else 0
+    last = (_whole(stop, "slice") if stop else None) if colon else first + 1
+    if first < 0 or (last is not None and last <= first):
+        raise errors.BadOption(f"found {text!r}, expected K or START:STOP with 0 ≤ START < STOP", key="slice")
+    return slice(first, last)
+
+
+def _device(name: str) -> None:
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise errors.BadOption(f"found {name!r}", key="device", help="cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise errors.BadOption("no CUDA device here", key="device", help="--device cpu", exit_code=3)
+
+
+def _not_the_input(output: Path, source: Path) -> None:
+    if files.same_file(output, source):
+        raise errors.BadOption("output and input are the same file", file=output, help="name another output")
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    files.check(path)
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or not isinstance(facts["model"], str) or not isinstance(facts["dials"], dict):
+            raise KeyError
+    except (ValueError, KeyError):
+        raise errors.UnreadableFile(
+            "not a sidecar of `tunemri recon`", file=path, help="use the OUT.json beside an output"
+        ) from None
+    return facts
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in (".nii.gz", ".mrd.h5"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return path.stem
+
+
+def _words(dials: Any) -> str:
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in dials.items()
+    )
+
+
+def _result(facts: Any, as_json: bool, line: str) -> None:
+    print(json.dumps(console.plain(facts)) if as_json else line, flush=True)
+
+
+def _listing(items: dict[str, Any], name: str | None, what: str, as_json: bool, about: Any) -> None:
+    if name is not None and name not in items:
+        raise errors.BadOption(f"found {name!r}", key=what, help=errors.did_you_mean(name, items))
+    shown = items if name is None else {name: items[name]}
+    if as_json:
+        print(json.dumps(console.plain({"ok": True, f"{what}s": shown})))
+        return
+    for key, item in shown.items():
+        print(f"{key:<24} {about(item)}")
+        for dial, d in item.get("dials", {}).items():
+            span = (
+                " | ".join(d["choices"])
+                if "choices" in d
+                else f"{d['lo']:g} … {d['hi']:g} ({d['scale']}), default {d['default']:g}"
+            )
+            ends = f": {d['low']} ↔ {d['high']}" if d["low"] or d["high"] else ""
+            print(f"    {dial:<20} {span}{ends}")
+            print(f"    {'':<20} {d['sentence']}")
+        if name is not None:
+            print(json.dumps(console.plain(item), indent=2))
+
+
+def _spread_lists(arguments: list[str]) -> list[str]:
+    """`--set a=1 b=2` means `--set a=1 --set b=2`; likewise --grid, --masks and --fail-under."""
+    out: list[str] = []
+    option: str | None = None
+    for text in arguments:
+        if text.startswith("-"):
+            option = text if text in ("--set", "--grid", "--masks", "--fail-under") else None
+        elif option is not None and out[-1] != option:
+            # Only what looks like one more value of the option, never a file.
+            mark = ":" if option == "--masks" else "="
+            if mark in text and not Path(text).exists():
+                out.append(option)
+            else:
+                option = None
+        out.append(text)
+    return out
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tunemri {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+    verbose: Annotated[bool, Option("-v", "--verbose", help="show tracebacks")] = False,
+) -> None:
+    """MRI reconstruction that you can still tune after training."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run the command line and exit with its status."""
+    argv = _spread_lists(sys.argv[1:] if arguments is None else arguments)
+    # -v is allowed anywhere: it says how to report, not what to do.
+    verbose = any(a in ("-v", "--verbose") for a in argv)
+    argv = [a for a in argv if a not in ("-v", "--verbose")]
+    console.listen()
+    sys.exit(console.guarded(lambda: _dispatch(argv), verbose=verbose, as_json="--json" in argv))
+
+
+def _dispatch(argv: list[str]) -> int:
+    from typer import _click  # the parser's own errors become ours
+
+    try:
+        return app(args=argv, prog_name="tunemri", standalone_mode=False) or 0
+    except _click.exceptions.NoArgsIsHelpError as error:
+        console.say(error.format_message())
+        return 2
+    except _click.exceptions.NoSuchOption as error:
+        known = error.ctx.command.params if error.ctx else []
+        names = [name for parameter in known for name in parameter.opts]
+        raise errors.BadOption(
+            "no such option", key=error.option_name, help=errors.did_you_mean(error.option_name, names)
+        ) from None
+    except _click.exceptions.UsageError as error:
+        text = error.format_message()
+        commands = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
+        unknown = argv[0] if argv and not argv[0].startswith("-") and argv[0] not in commands else None
+        if unknown is not None:
+            raise errors.BadOption(
+                "no such command", key=unknown, help=errors.did_you_mean(unknown, commands)
+            ) from None
+        raise errors.BadOption(text.strip().rstrip("."), help=f"tunemri {argv[0] if argv else ''} --help") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None

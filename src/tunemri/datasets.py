@@ -1,0 +1,298 @@
+"""Images on disk → training and test examples: subject-wise splits, retrospective undersampling, augmentation.
+
+k-space made here from images is simulated, and whatever was trained or scored on it says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import coils as coil_methods
+from . import errors, files, formats
+from . import masks as patterns
+from .fourier import crop, fft2, ifft2, pad
+from .operators import LinearOperator, encoding
+from .scan import Scan, normalise
+from .simulate import coil_maps
+
+__all__ = ["SOURCES", "Example", "Sampler", "load_images"]
+
+_SUFFIXES = (".h5", ".nii", ".nii.gz", ".npy", ".npz", ".mat", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".cfl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training batch, normalised.
+
+    Arguments:
+        y: measured data `(B, C, H, W)`.
+        A: its operator.
+        target: ground truth, complex `(B, H, W)`, or None.
+    """
+
+    y: Tensor
+    A: LinearOperator
+    target: Tensor | None = None
+
+
+def _planes(z: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return list(z["img"].astype(np.float32))
+
+
+def _openms(z: dict[str, np.ndarray]) -> list[np.ndarray]:
+    volumes = [v for k, v in z.items() if not k.endswith(("_z", "_zooms"))]
+    return [plane for volume in volumes for plane in volume.astype(np.float32)]
+
+
+# File of the shared data folder → the magnitude or complex images in it; see the datasheet there for sources and licences.
+SOURCES: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], list[np.ndarray]]]] = {
+    "openms": ("openms_t1_t2_flair.npz", _openms),
+    "ixi": ("ixi_pd_u8.npz", _planes),
+    "cardiac": ("cardiac_cine_u16.npz", _planes),
+    "oasis": ("oasis_t1_labels.npz", _planes),
+    "knee": ("knee_pd_fse_u8pair.npz", lambda z: list(np.hypot(*z["absri"].astype(np.float32).transpose(1, 0, 2, 3)))),
+    "siat": (
+        "siat_t2_complex.npz",
+        lambda z: list((z["ri"][:, 0].astype(np.float32) + 1j * z["ri"][:, 1]).astype(np.complex64)),
+    ),
+}
+
+
+def load_images(folder: str | Path, sources: Sequence[str] = ()) -> dict[str, list[Tensor]]:
+    """Images by source, each `(H, W)` real or complex and divided by its own 99.5th percentile.
+
+    Arguments:
+        folder: a split of the shared data (`…/train`, `…/val`) with `sources`, or any folder of readable
+            images or scans with a reference; then every file is a source of its own.
+        sources: names in SOURCES.
+
+    Raises:
+        BadOption: an unknown source. UnreadableFile: a source's file is not in the folder. NoData: no image.
+    """
+    folder = Path(folder)
+    found: dict[str, list[Tensor]] = {}
+    for name in sources:
+        if name not in SOURCES:
+            raise errors.BadOption(f"found {name!r}", key="data.sources", help=errors.did_you_mean(name, SOURCES))
+        filename, planes = SOURCES[name]
+        files.check(folder / filename)
+        with np.load(folder / filename, allow_pickle=False) as z:
+            found[name] = [torch.from_numpy(np.ascontiguousarray(p)) for p in planes(dict(z))]
+    if not sources:
+        if not folder.is_dir():
+            raise errors.UnreadableFile("not a folder", file=folder, key="data.folder")
+        for path in sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES)):
+            found[path.name] = list(formats.read_image(path, prefer="reference").data)
+    images = {name: [scaled for p in planes if (scaled := _scaled(p)) is not None] for name, planes in found.items()}
+    if not any(images.values()):
+        raise errors.NoData("no image found", file=folder, key="data", help=f"readable: {' '.join(_SUFFIXES)}")
+    return images
+
+
+def _scaled(x: Tensor) -> Tensor | None:
+    level = torch.quantile(x.abs().flatten().double(), 0.995)
+    return None if level <= 0 else x / level.to(x.real.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Draws training batches: a random image, resolution, contrast, phase, coils, noise and mask for each sample.
+
+    Step n of a run with seed s is always the same batch, whatever came before: that makes resuming exact.
+
+    Arguments:
+        images: by source, as from `load_images`; sources are drawn in proportion to the root of their size.
+        batch: samples per step.
+        size: edge of the square training matrix, in pixels.
+        masks: families in `masks.MASKS`, equally often; name one twice to draw it twice as often.
+        acceleration: `(lo, hi)`, drawn log-uniformly.
+        noise: `(lo, hi)` standard deviation of the noise over the image maximum, log-uniform; a quarter of the
+            samples has none.
+        coils: largest number of coils; half of the batches have one coil.
+        bank: number of masks of each family, and of coil arrays, made beforehand (a Poisson disk takes longer than a step).
+        seed: of the mask bank and of the run.
+    """
+
+    images: dict[str, list[Tensor]]
+    batch: int = 8
+    size: int = 128
+    masks: Sequence[str] = tuple(patterns.MASKS)
+    acceleration: tuple[float, float] = (2.0, 10.0)
+    noise: tuple[float, float] = (0.001, 0.03)
+    coils: int = 8
+    bank: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lo, hi = self.acceleration
+        if not 1 <= lo <= hi or not 0 < self.noise[0] <= self.noise[1] or min(self.batch, self.coils, self.bank) < 1:
+            found = {k: getattr(self, k) for k in ("acceleration", "noise", "batch", "coils", "bank")}
+            raise errors.BadOption(f"found {found}, expected positive numbers and ascending ranges", key="data")
+        if self.size < 16:
+            raise errors.BadOption(f"found {self.size}, expected at least 16", key="data.size")
+        generator = torch.Generator().manual_seed(self.seed)
+        bank = []
+        for name in self.masks:
+            for index in range(self.bank):
+                acceleration = _log_uniform(lo, hi, generator)
+                options = _varied(name, acceleration, generator)
+                bank.append(patterns.make_mask(name, (self.size, self.size), acceleration, seed=index, **options))
+        object.__setattr__(self, "_bank", torch.stack(bank))
+        sets = self.bank if self.coils > 1 else 1
+        maps = [coil_maps((self.size, self.size), self.coils, seed=self.seed + index) for index in range(sets)]
+        object.__setattr__(self, "_coils", torch.stack(maps))
+
+    def __call__(self, step: int, rank: int = 0) -> Example:
+        """The batch of a step (and, in distributed training, of a rank)."""
+        # Three numbers into one seed, far apart, so that no two steps or ranks share a stream.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1009 + rank)
+        coils = 1 if _uniform(0, 1, generator) < 0.5 else _integer(2, max(self.coils, 2), generator)
+        coils = min(coils, self.coils)
+        x = torch.stack([self._image(generator) for _ in range(self.batch)])
+        mask = torch.stack([self._mask(generator) for _ in range(self.batch)])[:, None]
+        y_full = fft2(x[:, None])
+        if coils > 1:
+            maps = torch.stack([self._maps(coils, generator) for _ in range(self.batch)])
+            y_full = fft2(maps * x[:, None])
+        levels = torch.tensor([self._noise(generator) for _ in range(self.batch)]) * x.abs().amax((1, 2))
+        noise = torch.randn(y_full.shape, dtype=torch.complex64, generator=generator)
+        kspace = (y_full + levels[:, None, None, None] * noise) * mask
+        if coils > 1:
+            # Half of these learn with maps estimated from the measured centre, as at the scanner.
+            if _uniform(0, 1, generator) < 0.5:
+                estimated = coil_methods.low_resolution_maps(kspace, mask)
+                x = (estimated.conj() * maps).sum(1) * x
+                maps = estimated
+        scan = Scan(
+            kspace=kspace, mask=mask, csm=maps if coils > 1 else None, image_shape=(self.size, self.size),
+            provenance="simulated: training",
+        )  # fmt: skip
+        ready = normalise(scan)
+        assert ready.scale is not None
+        target = x / ready.scale[:, None, None].to(torch.float32)
+        return Example(y=ready.kspace, A=encoding(ready), target=target)
+
+    def _image(self, generator: torch.Generator) -> Tensor:
+        weights = torch.tensor([math.sqrt(len(v)) for v in self.images.values()])
+        pool = list(self.images.values())[int(torch.multinomial(weights, 1, generator=generator))]
+        x = pool[_integer(0, len(pool) - 1, generator)]
+        x = _resolution(x, self.size, generator)
+        x = _turned(x, generator)
+        magnitude = x.abs()
+        if _uniform(0, 1, generator) < 0.3:
+            magnitude = _contrast(magnitude, generator)
+        if _uniform(0, 1, generator) < 0.3:
+            magnitude = _without_air(magnitude)
+        phase = x.angle() + smooth_phase(self.size, generator)
+        return torch.polar(magnitude, phase)
+
+    def _mask(self, generator: torch.Generator) -> Tensor:
+        bank: Tensor = self._bank  # type: ignore[attr-defined]
+        mask = bank[_integer(0, len(bank) - 1, generator)]
+        if _uniform(0, 1, generator) < 0.5:
+            mask = mask.T
+        # Mirroring about index N // 2 of an even size needs a shift by one to keep DC in place.
+        if _uniform(0, 1, generator) < 0.5:
+            mask = mask.flip(0).roll(1 - self.size % 2, 0)
+        if _uniform(0, 1, generator) < 0.5:
+            mask = mask.flip(1).roll(1 - self.size % 2, 1)
+        return mask
+
+    def _maps(self, coils: int, generator: torch.Generator) -> Tensor:
+        bank: Tensor = self._coils  # type: ignore[attr-defined]
+        maps = bank[_integer(0, len(bank) - 1, generator)][torch.randperm(self.coils, generator=generator)[:coils]]
+        return maps / maps.abs().square().sum(0).sqrt()
+
+    def _noise(self, generator: torch.Generator) -> float:
+        level = _log_uniform(*self.noise, generator)
+        return 0.0 if _uniform(0, 1, generator) < 0.25 else level
+
+
+def _varied(name: str, acceleration: float, generator: torch.Generator) -> dict[str, float]:
+    """Options of a mask family, half of the time away from its defaults: scanners differ in more than acceleration."""
+    if _uniform(0, 1, generator) < 0.5:
+        return {}
+    share = _uniform(0.15, 0.5, generator)
+    ranges: dict[str, dict[str, float]] = {
+        "poisson": {"order": _uniform(1, 6, generator), "calibration": _integer(4, 24, generator)},
+        "cartesian-random": {"center_fraction": share / acceleration},
+        "cartesian-equispaced": {"center_fraction": share / acceleration},
+        "gaussian": {"width": _uniform(0.15, 0.3, generator)},
+        "spiral": {"interleaves": _integer(2, 12, generator)},
+    }
+    return ranges.get(name, {})
+
+
+def smooth_phase(size: int, generator: torch.Generator) -> Tensor:
+    """A background phase in rad `(size, size)`: offset, ramp of up to 1.5 turns an axis, smooth field, a little texture.
+
+    The spread of the smooth part is drawn between 10 and 100 degrees, as measured on raw scans.
+    """
+    axis = torch.linspace(-0.5, 0.5, size)
+    ramp = (torch.rand(2, generator=generator) * 2 - 1) * 1.5 * 2 * math.pi * _uniform(0, 1, generator)
+    spread = math.radians(_uniform(10, 100, generator))
+    phase = ramp[0] * axis[:, None] + ramp[1] * axis + _uniform(0, 2 * math.pi, generator)
+    for knots, share in ((4, 1.0), (12, 0.05)):
+        field = torch.randn(1, 1, knots, knots, generator=generator)
+        phase = phase + spread * share * F.interpolate(field, (size, size), mode="bicubic", align_corners=True)[0, 0]
+    return phase
+
+
+def _resolution(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A `(size, size)` part of the image at a random, coarser resolution (a central part of its k-space)."""
+    # The image as it is, half of the time: coarser ones are harder than most that anybody will bring.
+    smallest = min(1.0, size / min(x.shape))
+    factor = _uniform(smallest, 1.0, generator) if _uniform(0, 1, generator) < 0.5 else 1.0
+    shape = [max(size if n >= size else 1, round(n * factor)) for n in x.shape]
+    if shape != list(x.shape):
+        k = crop(fft2(x.to(torch.complex64)), shape)
+        x = ifft2(k) * math.sqrt(shape[0] * shape[1] / (x.shape[0] * x.shape[1]))
+    if min(x.shape) < size:
+        x = pad(x, [max(n, size) for n in x.shape])
+    # Windows near the centre more often: the rim is mostly air.
+    top, left = (round((n - size) * (_uniform(0, 1, generator) + _uniform(0, 1, generator)) / 2) for n in x.shape)
+    return x[top : top + size, left : left + size]
+
+
+def _turned(x: Tensor, generator: torch.Generator) -> Tensor:
+    turn = _integer(0, 7, generator)
+    x = torch.rot90(x, turn % 4, (0, 1))
+    return x.T if turn >= 4 else x
+
+
+def _contrast(magnitude: Tensor, generator: torch.Generator) -> Tensor:
+    """Another contrast from the same anatomy: a random smooth intensity curve that keeps air dark."""
+    top = magnitude.amax().clamp(min=1e-6)
+    knots = torch.rand(5, generator=generator) * 1.2
+    if _uniform(0, 1, generator) < 0.8:
+        knots = knots.sort().values  # monotone more often than not
+    curve = torch.cat((torch.zeros(1), knots))
+    position = (magnitude / top * 5).clamp(0, 4.999)
+    low = position.long()
+    return top * torch.lerp(curve[low], curve[low + 1], position - low)
+
+
+def _without_air(magnitude: Tensor) -> Tensor:
+    """Exact zeros around the object, as in skull-stripped or masked images."""
+    smooth = F.avg_pool2d(magnitude[None, None], 9, stride=1, padding=4)[0, 0]
+    return magnitude * (smooth > 0.15 * smooth.amax())
+
+
+def _uniform(lo: float, hi: float, generator: torch.Generator) -> float:
+    return lo + (hi - lo) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _log_uniform(lo: float, hi: float, generator: torch.Generator) -> float:
+    return math.exp(_uniform(math.log(lo), math.log(hi), generator))
+
+
+def _integer(lo: int, hi: int, generator: torch.Generator) -> int:
+    return int(torch.randint(lo, hi + 1, (), generator=generator))

@@ -1,0 +1,369 @@
+"""What the formats share: the Image record, the shape of a format module, and the one way from arrays to a Scan.
+
+A format module offers the three functions of `Format`, works on arrays as its file stores them, and leaves every
+question of layout, sampling and plausibility to `make_scan` and `make_image`, so that a file is judged alike
+whatever it was saved as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import errors
+from ..scan import Geometry, Scan, check_finite, measured_acceleration
+
+__all__ = [
+    "CSM_KEYS",
+    "IMAGE_KEYS",
+    "KSPACE_KEYS",
+    "REFERENCE_KEYS",
+    "Format",
+    "Image",
+    "as_complex64",
+    "check_layout",
+    "complex_values",
+    "first_key",
+    "image_only",
+    "make_image",
+    "make_scan",
+    "mask_tensor",
+    "row_range",
+    "shifted",
+    "single_key",
+]
+
+KSPACE_KEYS = ("kspace", "ksp", "k_space", "kdata", "k", "y")
+CSM_KEYS = ("csm", "smaps", "maps", "sens_maps", "sensitivity", "sensitivities", "coil_maps", "mps")
+IMAGE_KEYS = (
+    "reconstruction", "reconstruction_rss", "reconstruction_esc", "image", "target", "reference", "img", "data", "x",
+)  # fmt: skip
+REFERENCE_KEYS = ("target", "reconstruction_esc", "reconstruction_rss", "reference", *IMAGE_KEYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """Slices of an image as a file holds them, in the units of the file.
+
+    Arguments:
+        data: float32 or complex64 `(B, H, W)`.
+        geometry: voxel size and affine, see `Geometry`.
+        provenance: where it came from, one phrase.
+
+    Raises:
+        UnsupportedLayout, NoData (no pixel, or all zero), NonFinite.
+    """
+
+    data: Tensor
+    geometry: Geometry = field(default_factory=Geometry)
+    provenance: str = "unknown"
+
+    def __post_init__(self) -> None:
+        x = self.data
+        if x.dtype not in (torch.float32, torch.complex64) or x.ndim != 3:
+            raise errors.UnsupportedLayout(
+                f"found {tuple(x.shape)} {x.dtype}, expected float32 or complex64 (slices, rows, columns)", key="image"
+            )
+        if x.numel() == 0:
+            raise errors.NoData(f"shape {tuple(x.shape)} holds no pixel", key="image")
+        check_finite(x, "image")
+        if not bool(x.any()):
+            raise errors.NoData("every pixel is zero", key="image")
+
+
+class Format(Protocol):
+    """One file format: what a module of this folder offers."""
+
+    def read_scan(self, path: Path, slices: slice | None) -> Scan:
+        """The scan in the file; `UnsupportedLayout` if the format holds images only."""
+
+    def read_image(self, path: Path, slices: slice | None, prefer: str) -> Image:
+        """The image in the file; `prefer` is "image" (what came of it) or "reference" (what is true)."""
+
+    def read_array(self, path: Path, keys: Sequence[str]) -> np.ndarray:
+        """The array called by one of the keys, or the only one there is, as stored."""
+
+    def list_arrays(self, path: Path) -> list[dict[str, Any]]:
+        """Name, shape and dtype of every array, without reading values."""
+
+
+def image_only(path: Path, what: str) -> errors.UnsupportedLayout:
+    """The refusal for a file without k-space, with the way out."""
+    return errors.UnsupportedLayout(
+        f"holds {what}, not k-space", file=path, help="to experiment on it: tunemri simulate FILE -o SCAN.h5"
+    )
+
+
+def first_key(wanted: Iterable[str], present: Iterable[str]) -> str | None:
+    """The first wanted name that is present."""
+    there = set(present)
+    return next((key for key in wanted if key in there), None)
+
+
+def single_key(wanted: Sequence[str], present: Sequence[str], path: Path, what: str) -> str:
+    """The first wanted name that is present, or the only name there is.
+
+    Raises:
+        MissingKey: neither.
+    """
+    key = first_key(wanted, present) or (present[0] if len(present) == 1 else None)
+    if key is None:
+        raise errors.MissingKey(
+            f"no array is called {', '.join(wanted[:3])} or the like", file=path, key=what,
+            help=errors.did_you_mean(wanted[0], present),
+        )  # fmt: skip
+    return key
+
+
+def row_range(slices: slice | None, length: int) -> slice:
+    """The selection as plain `start:stop` within `length` slices.
+
+    Raises:
+        BadOption: it is empty, or has a step.
+    """
+    if slices is None:
+        return slice(0, length)
+    if slices.step not in (None, 1):
+        raise errors.BadOption(f"found a step of {slices.step}, expected START:STOP", key="slice")
+    start, stop, _ = slices.indices(length)
+    if stop <= start:
+        raise errors.BadOption(f"{slices.start}:{slices.stop} selects none of {length} slices", key="slice")
+    return slice(start, stop)
+
+
+def shifted(geometry: Geometry, start: int) -> Geometry:
+    """The geometry of the slices from `start` on: the affine's origin moves along."""
+    if geometry.affine is None or start == 0:
+        return geometry
+    affine = tuple((*row[:3], row[3] + start * row[2]) for row in geometry.affine[:3])
+    return replace(geometry, affine=(*affine, geometry.affine[3]))
+
+
+# ---------------------------------------------------------------- arrays → complex numbers
+
+_PAIRS = (("r", "i"), ("real", "imag"), ("re", "im"))
+
+
+def complex_values(array: np.ndarray, file: Path, key: str) -> np.ndarray:
+    """Complex values in native byte order, from complex numbers, (real, imaginary) records or a trailing pair.
+
+    Raises:
+        UnsupportedLayout: anything else, real values above all.
+    """
+    kind, names = array.dtype.kind, array.dtype.names or ()
+    if kind == "V" and (pair := next((p for p in _PAIRS if set(p) == set(names)), None)):
+        real, imag = array[pair[0]], array[pair[1]]
+        if real.dtype.kind in "iuf" and imag.dtype.kind in "iuf":
+            return as_complex64(_join(real, imag))
+    if kind == "c":
+        return as_complex64(array)
+    if kind in "iuf" and array.ndim >= 3 and array.shape[-1] == 2:
+        return as_complex64(_join(array[..., 0], array[..., 1]))
+    raise errors.UnsupportedLayout(
+        f"found {array.dtype} of shape {array.shape}, expected complex values", file=file, key=key,
+        help="store k-space as complex64" + ("; real values look like an image" if kind in "iuf" else ""),
+    )  # fmt: skip
+
+
+def _join(real: np.ndarray, imag: np.ndarray) -> np.ndarray:
+    joined = np.empty(real.shape, dtype=np.complex64 if real.dtype.itemsize <= 4 else np.complex128)
+    joined.real, joined.imag = real, imag
+    return joined
+
+
+def as_complex64(array: np.ndarray) -> np.ndarray:
+    """The array as complex64, or as complex128 where single precision would overflow or lose it."""
+    if array.dtype.itemsize > 8:
+        with np.errstate(all="ignore"):
+            parts = [np.abs(part).max(initial=0) for part in (array.real, array.imag)]
+        if not all(part == 0 or 1e-30 < part < 1e37 for part in parts) and np.isfinite(parts).all():
+            return array.astype(np.complex128, copy=False)
+    return array.astype(np.complex64, copy=False)
+
+
+# ---------------------------------------------------------------- arrays → Scan
+
+
+def make_scan(
+    kspace: np.ndarray,
+    *,
+    file: Path,
+    third_axis: str,
+    mask: np.ndarray | None = None,
+    csm: np.ndarray | None = None,
+    slices: slice | None = None,
+    total: int | None = None,
+    noise_std: float | None = None,
+    geometry: Geometry | None = None,
+    provenance: str = "acquired",
+) -> Scan:
+    """A Scan from arrays as files store them, with everything that can be checked checked.
+
+    Arguments:
+        kspace: complex or pair values (see `complex_values`), `(H, W)`, `(third, H, W)` or `(B, C, H, W)`.
+        third_axis: "slices" or "coils": what the first of three axes counts.
+        mask: `(W,)`, `(H, W)`, `(H, 1)`, `(B, H or 1, W)` or `(B or 1, 1, H or 1, W)`; None infers it from the
+            exact zeros that all coils share.
+        csm: `(C, H, W)` or `(B or 1, C, H, W)`.
+        slices: the slices wanted; `total`: the number in the file, given when `kspace` is already cut to them.
+
+    Raises:
+        UnsupportedLayout, InconsistentShapes, NonFinite, NoData, BadOption.
+    """
+    check_layout(kspace.shape, file, "kspace", pair=kspace.dtype.kind in "iuf")
+    y = complex_values(kspace, file, "kspace")
+    y = y[None, None] if y.ndim == 2 else y if y.ndim == 4 else y[:, None] if third_axis == "slices" else y[None]
+    b = len(y) if total is None else total
+    rows = row_range(slices, b)
+    k = torch.from_numpy(np.ascontiguousarray(y if total is not None else y[rows]))
+    power = torch.stack([one.abs().double().square().sum(0) for one in k])
+    if not bool(power.isfinite().all()):
+        check_finite(k, "kspace", str(file))
+    if not bool(power.any()):
+        raise errors.NoData("every sample is zero", file=file, key="kspace")
+    if mask is None:
+        m = _infer_mask(power, file)
+    else:
+        m = mask_tensor(mask, (b, *k.shape[-2:]), file)
+        m = m[rows] if m.shape[0] == b else m
+        k = _apply_mask(k, m, power, file)
+    _warn_off_centre(power, file)
+    maps = None
+    if csm is not None:
+        maps = torch.from_numpy(np.ascontiguousarray(complex_values(csm, file, "csm")))
+        maps = maps[None] if maps.ndim == 3 else maps
+        maps = (maps[rows] if maps.shape[0] == b else maps).to(k.dtype)
+    return Scan(
+        kspace=k, mask=m, image_shape=(k.shape[-2], k.shape[-1]), csm=maps, noise_std=noise_std,
+        geometry=shifted(geometry or Geometry(), rows.start), provenance=provenance,
+    )  # fmt: skip
+
+
+def check_layout(shape: tuple[int, ...], file: Path, key: str, *, pair: bool = False) -> None:
+    """Refuse shapes that are no k-space; `pair`: the last axis may hold real and imaginary parts."""
+    s = shape[:-1] if pair and len(shape) >= 3 and shape[-1] == 2 else shape
+    if not 2 <= len(s) <= 4:
+        raise errors.UnsupportedLayout(
+            f"found {len(s)} axes, shape {shape}; expected (slices, coils, rows, columns)", file=file, key=key
+        )
+    if 0 in s:
+        raise errors.NoData(f"shape {shape} holds no sample", file=file, key=key)
+    # More coils than receivers have, over an image a few columns wide: the axes are in another order.
+    if len(s) >= 3 and s[-3] >= 32 and 2 * s[-1] <= s[-3] and 2 * s[-1] <= s[-2]:
+        raise errors.UnsupportedLayout(
+            f"shape {shape} would be {s[-3]} coils of {s[-2]}×{s[-1]}: the coils seem to come last", file=file, key=key,
+            help="expected (slices, coils, rows, columns); numpy.moveaxis(kspace, -1, -3) puts them there",
+        )  # fmt: skip
+
+
+def mask_tensor(mask: np.ndarray, shape: tuple[int, int, int], file: Path) -> Tensor:
+    """A mask as files store it → float32 `(B or 1, 1, H or 1, W)` for k-space of `shape` `(B, H, W)`."""
+    b, h, w = shape
+    if mask.dtype.kind not in "biuf":
+        raise errors.UnsupportedLayout(f"found {mask.dtype}, expected 0 and 1", file=file, key="mask")
+    m = torch.from_numpy(np.ascontiguousarray(mask.astype(np.float32)))
+    check_finite(m, "mask", str(file))
+    s = tuple(m.shape)
+    while len(s) > 1 and s[-1] == 1 != w and s != (h, 1):  # fastMRI keeps an axis for (real, imaginary) behind it
+        s = s[:-1]
+    if s == (h, 1):
+        return m.reshape(1, 1, h, 1).repeat(1, 1, 1, w)
+    if s in ((w,), (1, w)):
+        return m.reshape(1, 1, 1, w)
+    if s == (h, w):
+        return m.reshape(1, 1, h, w)
+    if len(s) == 3 and s[0] in (1, b) and s[1] in (1, h) and s[2] == w:
+        return m.reshape(s[0], 1, s[1], w)
+    if len(s) == 4 and s[0] in (1, b) and s[1] == 1 and s[2] in (1, h) and s[3] == w:
+        return m.reshape(s)
+    hint = "phase encoding along rows is stored as (rows, 1)" if s == (h,) else None
+    raise errors.InconsistentShapes(
+        f"found {tuple(mask.shape)}, expected ({w},), ({h}, {w}) or ({b}, {h}, {w}) to match k-space",
+        file=file, key="mask", help=hint,
+    )  # fmt: skip
+
+
+def _infer_mask(power: Tensor, file: Path) -> Tensor:
+    """The mask that the zeros common to all coils tell of, `(B or 1, 1, H or 1, W)`; `power`: energy `(B, H, W)`."""
+    sampled = power > 0
+    # A slice without signal was sampled like the others; a stray zero is a measurement.
+    sampled = torch.where(sampled.flatten(1).any(1)[:, None, None], sampled, sampled.any(0))
+    if float(sampled.double().mean()) > 0.995:
+        return torch.ones(1, 1, 1, power.shape[-1])
+    if bool((sampled == sampled[:1]).all()):
+        sampled = sampled[:1]
+    if bool((sampled == sampled[:, :1]).all()):
+        sampled = sampled[:, :1]
+    mask = sampled[:, None].float()
+    errors.warn(f"{file}: no mask; its zeros say {measured_acceleration(mask):.3g}-fold undersampled")
+    return mask
+
+
+def _apply_mask(kspace: Tensor, mask: Tensor, power: Tensor, file: Path) -> Tensor:
+    """The k-space with zeros where the mask says so, and a word where the two disagree."""
+    m = mask[:, 0].double()
+    outside = float((power * (m == 0)).sum() / power.sum())
+    if outside == 1:
+        raise errors.NoData(
+            "selects no sample that was measured", file=file, key="mask", help="is it inverted? 1 means sampled"
+        )
+    if outside > 0.01:
+        errors.warn(
+            f"{file}: mask: {outside:.1%} of the energy lies where it says 'not sampled': left out; is it inverted?",
+            "inconsistent_shapes",
+        )
+    active = power.flatten(1).any(1)
+    sampled = (m != 0).expand(power.shape)[active]
+    empty = float((sampled & (power[active] == 0)).double().sum() / sampled.double().sum().clamp(min=1))
+    if empty > 0.01:
+        errors.warn(
+            f"{file}: mask: {empty:.1%} of the points that it calls sampled are zero: was it made for another scan?"
+        )
+    return kspace * mask if outside > 0 else kspace
+
+
+def _warn_off_centre(power: Tensor, file: Path) -> None:
+    """The strongest sample is the zero frequency, and belongs in the centre."""
+    h, w = power.shape[-2:]
+    peak = int(power.sum(0).argmax())
+    row, column = divmod(peak, w)
+    if (h >= 8 and abs(row - h // 2) > h / 4) or (w >= 8 and abs(column - w // 2) > w / 4):
+        errors.warn(
+            f"{file}: kspace: the strongest sample lies at ({row}, {column}), zero frequency belongs at "
+            f"({h // 2}, {w // 2}); numpy.fft.fftshift moves it from the corner to the centre",
+            "unsupported_layout",
+        )
+
+
+# ---------------------------------------------------------------- arrays → Image
+
+
+def make_image(
+    array: np.ndarray, *, file: Path, key: str, slices: slice | None = None, geometry: Geometry | None = None,
+    provenance: str = "",
+) -> Image:  # fmt: skip
+    """An Image from `(H, W)` or `(B, H, W)` values, real or complex, cut to `slices`.
+
+    Raises:
+        UnsupportedLayout, NonFinite, NoData, BadOption.
+    """
+    kind = array.dtype.kind
+    if kind not in "biufc" or array.ndim not in (2, 3):
+        raise errors.UnsupportedLayout(
+            f"found {array.dtype} of shape {array.shape}, expected numbers (slices, rows, columns)", file=file, key=key
+        )
+    if array.size == 0:
+        raise errors.NoData(f"shape {array.shape} holds no pixel", file=file, key=key)
+    array = array[None] if array.ndim == 2 else array
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, and is refused as such
+        x = array[row_range(slices, len(array))].astype(np.complex64 if kind == "c" else np.float32)
+    return Image(
+        data=torch.from_numpy(np.ascontiguousarray(x)), geometry=geometry or Geometry(),
+        provenance=provenance or f"read from {file.name}",
+    )  # fmt: skip

@@ -1,0 +1,417 @@
+"""HDF5 as the fastMRI data set uses it.
+
+    kspace                complex (slices, coils, rows, columns), or (slices, rows, columns) from one coil
+    mask                  (columns,), or (rows, columns): 1 where sampled; absent when fully sampled
+    reconstruction_rss    float (slices, rows, columns), the reference of a multi-coil scan
+    reconstruction_esc    float, the same for one coil
+    ismrmrd_header        XML: matrix sizes and fields of view
+    csm, reference        ours: coil maps, and the complex reference where it is known
+    reconstruction        an image that came of it; fastMRI's evaluation looks for this name
+    image, variance       ours: the complex image, and its pixelwise variance
+
+Rows are the readout and columns the phase encoding. Attributes that we write: provenance, noise_std, voxel_size,
+affine, acceleration (measured), max and norm (of the reference). Arrays carry fletcher32 checksums, so that a
+flipped bit on a disk is an error, not another image.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.parsers import expat
+
+import numpy as np
+from torch import Tensor
+
+from .. import errors, files
+from ..scan import Geometry, Reconstruction, Scan, check_finite
+from .base import (
+    CSM_KEYS,
+    IMAGE_KEYS,
+    REFERENCE_KEYS,
+    Image,
+    as_complex64,
+    check_layout,
+    first_key,
+    make_image,
+    make_scan,
+    row_range,
+    shifted,
+    single_key,
+)
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["list_arrays", "read_array", "read_image", "read_scan", "write"]
+
+_HEADER_LIMIT = 2**20
+
+
+def read_scan(path: Path, slices: slice | None) -> Scan:
+    """The scan in a fastMRI file; only the wanted slices are read."""
+    with files.open_hdf5(path) as h:
+        keys = files.hdf5_keys(h, path)
+        if files.hdf5_dataset(h, "kspace", path) is None:
+            raise _without_kspace(h, keys, path)
+        _refuse_trajectory(keys, path)
+        kspace = _numeric(h, "kspace", path)
+        shape, kind = kspace.shape, kspace.dtype.kind
+        pair = kind in "iuf"
+        if kind == "b" or (pair and not (len(shape) >= 3 and shape[-1] == 2)):
+            raise errors.UnsupportedLayout(
+                f"found {kspace.dtype} of shape {shape}, expected complex values", file=path, key="kspace",
+                help="store k-space as complex64",
+            )  # fmt: skip
+        grid = shape[:-1] if pair else shape
+        header = _read_header(h, path)
+        _compare_header(header, grid, path)
+        check_layout(shape, path, "kspace", pair=pair)
+        total = grid[0] if len(grid) > 2 else 1
+        rows = row_range(slices, total)
+        y = files.hdf5_array(kspace, path, rows=rows if len(grid) > 2 else None)
+        return make_scan(
+            y, file=path, third_axis="slices", slices=slices, total=total,
+            mask=_optional(h, ("mask",), path), csm=_optional(h, CSM_KEYS, path),
+            noise_std=_noise_std(h, path), geometry=_geometry(h, header, grid[-2:]), provenance=_provenance(h),
+        )  # fmt: skip
+
+
+def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
+    """The reconstruction or the reference in an HDF5 file."""
+    with files.open_hdf5(path) as h:
+        keys = files.hdf5_keys(h, path)
+        key = first_key(REFERENCE_KEYS if prefer == "reference" else IMAGE_KEYS, keys)
+        if key is None and "kspace" in keys:
+            raise errors.MissingKey(
+                "holds k-space without an image", file=path, key="reconstruction",
+                help="make one: tunemri recon FILE -m zero-filled -o IMAGE.h5",
+            )  # fmt: skip
+        if key is None:
+            raise errors.MissingKey(
+                "no image", file=path, key="reconstruction", help=errors.did_you_mean("reconstruction", keys)
+            )
+        dataset = _numeric(h, key, path)
+        stack = dataset.ndim == 3 and 0 not in dataset.shape
+        rows = row_range(slices, dataset.shape[0]) if stack else None
+        array = files.hdf5_array(dataset, path, rows=rows)
+        geometry = _geometry(h, _read_header(h, path), array.shape[-2:])
+        return make_image(
+            array, file=path, key=key, slices=None if rows else slices,
+            geometry=shifted(geometry, rows.start if rows else 0),
+            provenance=f"{key} of {path.name}, {_provenance(h)}",
+        )  # fmt: skip
+
+
+def read_array(path: Path, keys: Sequence[str]) -> np.ndarray:
+    """The dataset called by one of the keys, or the only one there is."""
+    with files.open_hdf5(path) as h:
+        key = single_key(keys, files.hdf5_keys(h, path), path, keys[0])
+        return files.hdf5_array(_numeric(h, key, path), path)
+
+
+def list_arrays(path: Path) -> list[dict[str, Any]]:
+    """Name, shape and type of what stands at the top of the file."""
+    import h5py
+
+    rows: list[dict[str, Any]] = []
+    with files.open_hdf5(path) as h:
+        for key in files.hdf5_keys(h, path):
+            try:
+                found = files.hdf5_dataset(h, key, path)
+            except errors.TunemriError as e:
+                rows.append({"name": key, "shape": None, "dtype": e.what})
+                continue
+            if isinstance(found, h5py.Dataset):
+                shape = None if found.shape is None else list(found.shape)
+                rows.append({"name": key, "shape": shape, "dtype": str(found.dtype)})
+            else:
+                rows.append({"name": key, "shape": None, "dtype": "group"})
+    return rows
+
+
+# ---------------------------------------------------------------- parts of a file
+
+
+def _without_kspace(h: Any, keys: list[str], path: Path) -> errors.TunemriError:
+    """Which of the files without `kspace` this is."""
+    import h5py
+
+    for key in keys:
+        group = files.hdf5_dataset(h, key, path)
+        if isinstance(group, h5py.Group) and {"xml", "data"} <= set(files.hdf5_keys(group, path)):
+            return errors.UnsupportedLayout(
+                "ISMRMRD raw data, which is not read yet", file=path, key=key,
+                help="convert it to a fastMRI file with a dataset kspace (slices, coils, rows, columns)",
+            )  # fmt: skip
+    if (image := first_key(IMAGE_KEYS, keys)) is not None:
+        return errors.MissingKey(
+            "no k-space, only an image", file=path, key="kspace",
+            help=f"to experiment on {image}: tunemri simulate FILE -o SCAN.h5",
+        )  # fmt: skip
+    return errors.MissingKey("no such dataset", file=path, key="kspace", help=errors.did_you_mean("kspace", keys))
+
+
+def _refuse_trajectory(keys: list[str], path: Path) -> None:
+    if (key := first_key(("trajectory", "traj", "coord", "coords"), keys)) is not None:
+        raise errors.UnsupportedLayout(
+            "non-Cartesian samples, which are not read yet", file=path, key=key, help="grid them first"
+        )
+
+
+def _optional(h: Any, keys: tuple[str, ...], path: Path) -> np.ndarray | None:
+    key = first_key(keys, files.hdf5_keys(h, path))
+    return None if key is None else files.hdf5_array(_numeric(h, key, path), path)
+
+
+def _numeric(h: Any, key: str, path: Path) -> h5py.Dataset:
+    """The dataset of that name, which must hold numbers."""
+    import h5py
+
+    found = files.hdf5_dataset(h, key, path)
+    if isinstance(found, h5py.Dataset) and found.shape is not None and found.dtype.kind in "biufcV":
+        return found
+    what = "a group" if not isinstance(found, h5py.Dataset) else "no values" if found.shape is None else found.dtype
+    raise errors.UnsupportedLayout(f"found {what}, expected an array of numbers", file=path, key=key)
+
+
+def _text(value: Any) -> str | None:
+    """An attribute as text, whatever it was stored as."""
+    if isinstance(value, bytes | np.bytes_):
+        return value.decode("utf-8", "replace")
+    return str(value) if isinstance(value, str) else None
+
+
+def _provenance(h: Any) -> str:
+    text = _text(files.hdf5_attribute(h, "provenance")) or ""
+    return "".join(c for c in text if c.isprintable())[:300] if text.startswith("simulated") else "acquired"
+
+
+def _numbers(h: Any, name: str, count: int) -> list[float] | None:
+    """`count` finite numbers from an attribute, or None."""
+    try:
+        values = np.asarray(files.hdf5_attribute(h, name), dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        return None
+    return values.tolist() if values.size == count and bool(np.isfinite(values).all()) else None
+
+
+def _noise_std(h: Any, path: Path) -> float | None:
+    if files.hdf5_attribute(h, "noise_std") is None:
+        return None
+    value = _numbers(h, "noise_std", 1)
+    if value is None or value[0] < 0:
+        errors.warn(f"{path}: noise_std is not a number ≥ 0, ignored")
+        return None
+    return value[0]
+
+
+# ---------------------------------------------------------------- the ISMRMRD header
+
+_Space = dict[str, float]
+
+
+def _read_header(h: Any, path: Path) -> _Space:
+    """Matrices and fields of view, keys `encodedSpace.matrixSize.x` … `reconSpace.fieldOfView_mm.z`.
+
+    Empty where the header is absent or unusable.
+
+    Raises:
+        UnsafeContent: it declares a DOCTYPE, the door to entity bombs and to other files.
+    """
+    import h5py
+
+    found = files.hdf5_dataset(h, "ismrmrd_header", path)
+    # Text and nothing else: reading damaged sequences of variable length can crash the HDF5 library.
+    if not isinstance(found, h5py.Dataset) or found.size != 1 or h5py.check_string_dtype(found.dtype) is None:
+        return {}
+    value = files.hdf5_array(found, path).ravel()[0]
+    raw = value.encode() if isinstance(value, str) else bytes(value) if isinstance(value, bytes) else b""
+    if len(raw) > _HEADER_LIMIT:
+        errors.warn(f"{path}: ismrmrd_header of {len(raw)} bytes is too long, ignored")
+        return {}
+    try:
+        return _parse_header(raw, path)
+    except (expat.ExpatError, ValueError) as e:
+        errors.warn(f"{path}: ismrmrd_header is damaged ({e}), ignored")
+        return {}
+
+
+def _parse_header(raw: bytes, path: Path) -> _Space:
+    space: _Space = {}
+    trail: list[str] = []
+    text: list[str] = []
+
+    def start(tag: str, _attributes: dict[str, str]) -> None:
+        trail.append(tag.rsplit(":", 1)[-1])
+        text.clear()
+
+    def end(_tag: str) -> None:
+        if len(trail) == 5 and trail[1] == "encoding" and trail[3] in ("matrixSize", "fieldOfView_mm"):
+            number = float("".join(text))
+            if math.isfinite(number):
+                space.setdefault(".".join(trail[2:]), number)
+        trail.pop()
+
+    def doctype(*_: object) -> None:
+        raise errors.UnsafeContent(
+            "XML with a DOCTYPE, which could name other files or grow without bound", file=path, key="ismrmrd_header"
+        )
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler = text.append
+    parser.StartDoctypeDeclHandler = doctype
+    parser.Parse(raw, True)
+    return space
+
+
+def _compare_header(header: _Space, shape: tuple[int, ...], path: Path) -> None:
+    """Refuse (slices, rows, columns, coils) where the header says rows × columns; mention any other difference."""
+    encoded = {header.get(f"encodedSpace.matrixSize.{axis}") for axis in "xy"}
+    if None in encoded or set(shape[-2:]) == encoded or not 2 <= len(shape) <= 4:
+        return
+    x, y = (int(header[f"encodedSpace.matrixSize.{axis}"]) for axis in "xy")
+    if len(shape) == 4 and set(shape[1:3]) == encoded:
+        raise errors.InconsistentShapes(
+            f"shape {tuple(shape)} against a header matrix of {x}×{y}: the coils seem to come last", file=path,
+            key="kspace", help="expected (slices, coils, rows, columns); numpy.moveaxis(kspace, -1, 1) puts them there",
+        )  # fmt: skip
+    errors.warn(
+        f"{path}: the header says {x}×{y}, the data {shape[-2]}×{shape[-1]}: the data count", "inconsistent_shapes"
+    )
+
+
+def _geometry(h: Any, header: _Space, shape: tuple[int, ...]) -> Geometry:
+    """Our own attributes first, then the header unless its field of view is a placeholder."""
+    affine = _numbers(h, "affine", 16)
+    rows = tuple(tuple(affine[i : i + 4]) for i in range(0, 16, 4)) if affine else None
+    voxel = _numbers(h, "voxel_size", 3)
+    if voxel and min(voxel) > 0:
+        return Geometry(voxel_size=(voxel[0], voxel[1], voxel[2]), affine=rows)
+    for space in ("encodedSpace", "reconSpace"):
+        matrix = [header.get(f"{space}.matrixSize.{axis}", 0) for axis in "xyz"]
+        fov = [header.get(f"{space}.fieldOfView_mm.{axis}", 0) for axis in "xyz"]
+        if {*shape} != {*matrix[:2]} or min(*fov, *matrix) <= 0:
+            continue
+        if fov[:2] == matrix[:2]:  # one millimetre per pixel is what converters write when they do not know
+            break
+        spacing = [size / n for size, n in zip(fov, matrix, strict=True)]
+        if shape[0] != matrix[0]:
+            spacing[0], spacing[1] = spacing[1], spacing[0]
+        return Geometry(voxel_size=(spacing[0], spacing[1], spacing[2]), affine=rows)
+    return Geometry(affine=rows)
+
+
+def _header_xml(height: int, width: int, geometry: Geometry) -> str:
+    """The least that fastMRI's loaders and the ISMRMRD schema ask for; 1 mm pixels where the size is unknown."""
+    dr, dc, ds = geometry.voxel_size or (1.0, 1.0, 1.0)
+    space = (
+        f"<matrixSize><x>{height}</x><y>{width}</y><z>1</z></matrixSize>"
+        f"<fieldOfView_mm><x>{height * dr:g}</x><y>{width * dc:g}</y><z>{ds:g}</z></fieldOfView_mm>"
+    )
+    limits = f"<minimum>0</minimum><maximum>{width - 1}</maximum><center>{width // 2}</center>"
+    return (
+        '<?xml version="1.0" encoding="utf-8"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">'
+        "<experimentalConditions><H1resonanceFrequency_Hz>0</H1resonanceFrequency_Hz></experimentalConditions>"
+        f"<encoding><encodedSpace>{space}</encodedSpace><reconSpace>{space}</reconSpace>"
+        f"<encodingLimits><kspace_encoding_step_1>{limits}</kspace_encoding_step_1></encodingLimits>"
+        "<trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
+    )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(
+    path: Path, what: Scan | Reconstruction | Image, reference: Tensor | None, geometry: Geometry
+) -> dict[str, Any]:
+    """Write a scan, a reconstruction or an image to the (temporary) path; returns notes for the sidecar."""
+    import h5py
+
+    if isinstance(what, Scan):
+        arrays, attributes = _scan_contents(what, reference, geometry)
+    else:
+        arrays, attributes = _image_contents(what, geometry)
+    for key, array in arrays:
+        if array.dtype.kind in "fc" and not np.isfinite(array).all():
+            raise errors.NonFinite("NaN or Inf, refused to write them", key=key)
+    # In memory first: on a full disk the HDF5 library fails once more, noisily, while it closes the file.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as h:
+        for key, array in arrays:
+            chunks = (1,) * (array.ndim - 2) + array.shape[-2:]
+            h.create_dataset(key, data=array, chunks=chunks, fletcher32=True)
+        if isinstance(what, Scan):
+            h["ismrmrd_header"] = _header_xml(*what.image_shape, geometry)
+        for name, value in attributes.items():
+            if value is not None:
+                h.attrs[name] = value
+    path.write_bytes(buffer.getbuffer())
+    return {"content": "k-space" if isinstance(what, Scan) else "complex"}
+
+
+def _scan_contents(
+    scan: Scan, reference: Tensor | None, geometry: Geometry
+) -> tuple[list[tuple[str, np.ndarray]], dict[str, Any]]:
+    if scan.trajectory is not None or scan.mask is None:
+        raise errors.UnsupportedLayout("non-Cartesian scans are not written yet", key="trajectory")
+    assert scan.scale is not None
+    scale = scan.scale.double()
+    in_units = scan.kspace if bool((scale == 1).all()) else scan.kspace * scale[:, None, None, None]
+    y = as_complex64(in_units.numpy(force=True))
+    arrays = [("kspace", y[:, 0] if scan.coils == 1 else y)]
+    mask = scan.mask.numpy(force=True).astype(np.uint8)[:, 0]
+    arrays.append(("mask", mask if len(mask) > 1 else mask[0] if mask.shape[1] > 1 else mask[0, 0]))
+    if scan.csm is not None:
+        arrays.append(("csm", as_complex64(scan.csm.numpy(force=True))))
+    attributes = {
+        "provenance": scan.provenance,
+        "noise_std": None if scan.noise_std is None else scan.noise_std * float(scale.mean()),
+        "acceleration": scan.acceleration,
+        **_geometry_attributes(geometry),
+    }
+    if reference is not None:
+        if reference.ndim != 3 or len(reference) != len(scan):
+            raise errors.InconsistentShapes(
+                f"found {tuple(reference.shape)}, expected ({len(scan)}, rows, columns)", key="reference"
+            )
+        check_finite(reference, "reference")
+        magnitude = reference.abs().float().numpy(force=True)
+        arrays.append(("reconstruction_esc" if scan.coils == 1 else "reconstruction_rss", magnitude))
+        if reference.is_complex():
+            arrays.append(("reference", as_complex64(reference.numpy(force=True))))
+        attributes |= {"max": float(magnitude.max()), "norm": float(np.linalg.norm(magnitude.astype(np.float64)))}
+    return arrays, attributes
+
+
+def _image_contents(
+    what: Reconstruction | Image, geometry: Geometry
+) -> tuple[list[tuple[str, np.ndarray]], dict[str, Any]]:
+    x = what.image if isinstance(what, Reconstruction) else what.data
+    arrays = [("reconstruction", x.abs().float().numpy(force=True))]
+    if x.is_complex():
+        arrays.append(("image", as_complex64(x.numpy(force=True))))
+    attributes: dict[str, Any] = {"max": float(arrays[0][1].max()), **_geometry_attributes(geometry)}
+    if isinstance(what, Image):
+        attributes["provenance"] = what.provenance
+        return arrays, attributes
+    if what.variance is not None:
+        arrays.append(("variance", what.variance.float().numpy(force=True)))
+    attributes |= {
+        "status": what.status,
+        "dials": json.dumps(dict(what.dials), default=str),
+        "stats": json.dumps(dict(what.stats), default=str),
+    }
+    return arrays, attributes
+
+
+def _geometry_attributes(geometry: Geometry) -> dict[str, Any]:
+    return {
+        "voxel_size": None if geometry.voxel_size is None else np.array(geometry.voxel_size),
+        "affine": None if geometry.affine is None else np.array(geometry.affine),
+    }

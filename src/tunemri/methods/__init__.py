@@ -1,0 +1,188 @@
+"""METHODS, and how their weights are saved and loaded: safetensors with the whole recipe in the header, never pickle."""
+
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .. import errors, files
+from .base import Dial, Reconstructor, prepare, reconstruct
+from .classical import Sense, TotalVariation, Wavelet, ZeroFilled
+from .hyperrecon import HyperRecon, SingleWeight
+
+__all__ = ["METHODS", "Dial", "Reconstructor", "bundled", "card", "load", "make", "prepare", "reconstruct", "save"]
+
+METHODS: dict[str, type[Reconstructor]] = {
+    "zero-filled": ZeroFilled,
+    "sense": Sense,
+    "tv": TotalVariation,
+    "wavelet": Wavelet,
+    "hyperrecon": HyperRecon,
+    "single-weight": SingleWeight,
+}
+
+FORMAT = 1  # of the header; a file with a larger number was written by a newer tunemri
+_MAX_BYTES = 2**32
+
+
+def make(method: str, arguments: Mapping[str, Any] | None = None) -> Reconstructor:
+    """A method by name, built from its constructor arguments.
+
+    Raises:
+        BadOption: no such method, or an argument that it does not take or lacks.
+    """
+    if method not in METHODS:
+        raise errors.BadOption(f"found {method!r}", key="method", help=errors.did_you_mean(method, METHODS))
+    kind, arguments = METHODS[method], dict(arguments or {})
+    known = inspect.signature(kind).parameters
+    for name in arguments:
+        if name not in known:
+            raise errors.BadOption(
+                f"{method} takes no argument {name!r}", key="arguments", help=errors.did_you_mean(name, known)
+            )
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
+    if missing:
+        raise errors.BadOption(f"{method} needs {', '.join(missing)}", key="arguments")
+    return kind(**arguments)
+
+
+def save(
+    model: Reconstructor, path: str | Path, recipe: Mapping[str, Any] | None = None, *, overwrite: bool = False
+) -> None:
+    """Write weights and everything needed to rebuild and judge them.
+
+    Arguments:
+        recipe: what made them: data, training, seed, commit, scores; JSON-ready.
+
+    Raises:
+        NonFinite: a weight is NaN or Inf. BadOption: the file exists.
+    """
+    method = next(name for name, kind in METHODS.items() if type(model) is kind)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise errors.NonFinite("weights are not finite, not saved", file=path, key=name)
+    dials = {name: dial.as_dict() for name, dial in model.dials.items()}
+    header = {
+        "format": FORMAT,
+        "method": method,
+        "arguments": dict(model.arguments),
+        "dials": dials,
+        "recipe": dict(recipe or {}),
+    }
+    with files.write_atomically(path, overwrite=overwrite) as temporary:
+        # Not save_file: it replaces the file by one that only its owner may read.
+        temporary.write_bytes(safetensors.torch.save(tensors, {"tunemri": json.dumps(header, sort_keys=True)}))
+
+
+def bundled() -> dict[str, Path]:
+    """Weights that ship with the package: name → file."""
+    folder = Path(str(importlib.resources.files("tunemri") / "weights"))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def load(name: str | Path) -> Reconstructor:
+    """A reconstructor ready for use: a bundled model, a `.safetensors` file, or a method that needs no weights.
+
+    Raises:
+        BadOption: neither a name nor a file. WrongModel: a header that does not fit this version's methods, or
+            tensors that do not fit the header. UnreadableFile, UnsafeContent, NonFinite: what the file holds.
+    """
+    text = str(name)
+    if text in (shipped := bundled()):
+        return _read(shipped[text])
+    if text in METHODS:
+        needs = [p.name for p in inspect.signature(METHODS[text]).parameters.values() if p.default is p.empty]
+        if not needs:
+            return METHODS[text]().eval()
+        raise errors.BadOption(
+            f"{text} needs trained weights", key="model", help=f"name a file, or one of: {', '.join(shipped)}"
+        )
+    path = Path(text)
+    if not path.suffix and not path.exists():
+        known = [
+            *shipped,
+            *(
+                n
+                for n, k in METHODS.items()
+                if all(p.default is not p.empty for p in inspect.signature(k).parameters.values())
+            ),
+        ]
+        raise errors.BadOption(f"found {text!r}", key="model", help=errors.did_you_mean(text, known))
+    return _read(path)
+
+
+def card(path: str | Path) -> dict[str, Any]:
+    """The header of a weights file: method, arguments, dials, recipe.
+
+    Raises:
+        UnreadableFile, UnsafeContent, WrongModel: not a tunemri weights file.
+    """
+    path = Path(path)
+    files.check(path)
+    kind = files.sniff(path)
+    if kind in ("pickle", "npz", "zip"):
+        raise errors.UnsafeContent(
+            f"looks like {kind}, expected safetensors", file=path,
+            help="a pickled checkpoint runs code when opened; tunemri never does: convert it where you trust it",
+        )  # fmt: skip
+    if path.stat().st_size > _MAX_BYTES:
+        raise errors.TooLarge(f"{path.stat().st_size} bytes, limit {_MAX_BYTES}", file=path)
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise errors.UnreadableFile(
+            f"not a whole safetensors file ({error})", file=path, help="copy or download it again"
+        ) from error
+    try:
+        header = json.loads(metadata["tunemri"])
+        found = int(header["format"])
+        _ = header["method"], header["arguments"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise errors.WrongModel("safetensors, but without a tunemri header", file=path, key="tunemri") from error
+    if found > FORMAT:
+        raise errors.WrongModel(
+            f"header format {found}, this version reads up to {FORMAT}", file=path, help="update tunemri"
+        )
+    return dict(header)
+
+
+def _read(path: Path) -> Reconstructor:
+    header = card(path)
+    try:
+        model = make(header["method"], header["arguments"])
+    except Exception as error:  # a foreign header may hold anything: words where a constructor needs numbers
+        raise errors.WrongModel(
+            f"its header does not fit this version: {error}", file=path, help="update tunemri"
+        ) from error
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise errors.UnreadableFile(f"not a whole safetensors file ({error})", file=path) from error
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        first = (missing + extra)[0]
+        raise errors.WrongModel(
+            f"{len(missing)} tensors missing, {len(extra)} unexpected, first {first}", file=path, key="tensors"
+        )
+    for name, value in tensors.items():
+        if value.shape != expected[name].shape:
+            raise errors.WrongModel(
+                f"found {tuple(value.shape)}, expected {tuple(expected[name].shape)}", file=path, key=name
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise errors.NonFinite(
+                "NaN or Inf among the weights", file=path, key=name, help="download or train it again"
+            )
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in tensors.items()})
+    return model.eval()

@@ -1,0 +1,281 @@
+"""What every method shares: the Dial, the Reconstructor contract, and the way from a Scan to a Reconstruction."""
+
+from __future__ import annotations
+
+import abc
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import coils, errors
+from ..operators import LinearOperator, encoding
+from ..scan import Reconstruction, Scan, normalise
+
+__all__ = ["Dial", "Reconstructor", "data_residual", "prepare", "reconstruct"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dial:
+    """One setting that stays free after training; declared once, read by everything that shows or varies it.
+
+    Arguments:
+        sentence: what it does, for a user.
+        default: its value where nothing else is asked for.
+        lo, hi: the range that the method answers for (of a trained model: the trained range).
+        scale: "linear", or "log" for a weight whose orders of magnitude matter.
+        low, high: the words at both ends of the slider.
+        unit: of the number; "" for a plain ratio.
+        choices: the allowed words, for a dial that is not a number; lo, hi and scale then mean nothing.
+    """
+
+    sentence: str
+    default: float | str
+    lo: float = 0.0
+    hi: float = 1.0
+    scale: str = "linear"
+    low: str = ""
+    high: str = ""
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.choices:
+            if self.default not in self.choices:
+                raise errors.BadOption(f"default {self.default!r} is not one of {self.choices}", key="dial")
+        elif self.scale not in ("linear", "log") or not self.lo <= float(self.default) <= self.hi:
+            raise errors.BadOption(f"found {self}, expected lo ≤ default ≤ hi and scale linear or log", key="dial")
+        elif self.scale == "log" and self.lo <= 0:
+            raise errors.BadOption(f"a logarithmic range from {self.lo}, expected lo > 0", key="dial")
+
+    def check(self, name: str, value: Any, *, extrapolate: bool = False) -> float | str:
+        """`value` (a number, or its text) as the dial's own type.
+
+        Raises:
+            BadOption: not a number, not finite, not among the choices, or outside [lo, hi] without `extrapolate`.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise errors.BadOption(f"found {value!r}", key=name, help=errors.did_you_mean(str(value), self.choices))
+            return str(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise errors.BadOption(
+                f"found {value!r}, expected a number in [{self.lo:g}, {self.hi:g}]", key=name
+            ) from None
+        if not math.isfinite(number):
+            raise errors.BadOption(f"found {number}, expected a number in [{self.lo:g}, {self.hi:g}]", key=name)
+        if not self.lo <= number <= self.hi:
+            if not extrapolate or (self.scale == "log" and number <= 0):
+                raise errors.BadOption(
+                    f"found {number:g}, outside [{self.lo:g}, {self.hi:g}]", key=name,
+                    help="stay inside, or say --extrapolate (extrapolate=True) to leave what was trained or tested",
+                )  # fmt: skip
+            errors.warn(f"{name}={number:g} lies outside [{self.lo:g}, {self.hi:g}]: extrapolating", "bad_option")
+        return number
+
+    def at(self, position: float) -> float:
+        """The value at slider position in [0, 1]."""
+        if self.scale == "log":
+            value = math.exp(math.log(self.lo) + position * math.log(self.hi / self.lo))
+        else:
+            value = self.lo + position * (self.hi - self.lo)
+        return min(max(value, self.lo), self.hi)  # rounding must not push the ends of a slider out of range
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready description."""
+        common = {
+            "sentence": self.sentence,
+            "default": self.default,
+            "low": self.low,
+            "high": self.high,
+            "unit": self.unit,
+        }
+        if self.choices:
+            return common | {"choices": list(self.choices)}
+        return common | {"lo": self.lo, "hi": self.hi, "scale": self.scale}
+
+
+class Reconstructor(nn.Module, abc.ABC):
+    """A method: `model(y, A, *, dials…) → Reconstruction`, differentiable.
+
+    Subclasses annotate each dial of `forward` once, `lam: Annotated[float, Dial(…)] = …`; a method whose
+    dials depend on its constructor overrides `dials`. Those with weights add `loss(example, generator)`.
+    `arguments` is what the constructor was given: it goes into the header of a weights file.
+    """
+
+    arguments: Mapping[str, Any] = {}
+    trained: Mapping[str, Any] = {}  # what the weights have seen (see `outside`), from the weights file
+
+    def __init__(self) -> None:
+        # No argument unless a method declares some: `methods.make` and `load` read this signature.
+        super().__init__()
+
+    @abc.abstractmethod
+    def forward(self, y: Tensor, A: LinearOperator) -> Reconstruction:
+        """Reconstruct from normalised data `y` `(B, C, H, W)` measured by `A`; dials as keywords."""
+
+    @property
+    def dials(self) -> dict[str, Dial]:
+        """Name → Dial, in the order of `forward`'s keywords."""
+        hints = typing.get_type_hints(type(self).forward, include_extras=True)
+        found = {}
+        for name, hint in hints.items():
+            for extra in getattr(hint, "__metadata__", ()):
+                if isinstance(extra, Dial):
+                    found[name] = extra
+        return found
+
+    def loss(self, example: Any, generator: torch.Generator) -> Tensor:
+        """What training minimises for one batch, a scalar; methods with weights define it.
+
+        Raises:
+            BadOption: this method has none.
+        """
+        raise errors.BadOption(f"{type(self).__name__} has no weights to train", key="method")
+
+    def suggest(self, y: Tensor, A: LinearOperator) -> dict[str, float | str]:
+        """A setting for this measurement; the defaults unless a method knows better."""
+        return {name: dial.default for name, dial in self.dials.items()}
+
+    def task_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `adapt` may change; none unless a method says so."""
+        return []
+
+    def check_dials(self, given: Mapping[str, Any], *, extrapolate: bool = False) -> dict[str, float | str]:
+        """All dials with a value each: the given ones checked, the others at their default.
+
+        Raises:
+            BadOption: an unknown name, or a value that its dial refuses.
+        """
+        dials = self.dials
+        for name in given:
+            if name not in dials:
+                raise errors.BadOption("no such dial", key=name, help=errors.did_you_mean(name, dials))
+        return {
+            name: dial.check(name, given[name], extrapolate=extrapolate) if name in given else dial.default
+            for name, dial in dials.items()
+        }
+
+    def outside(self, scan: Scan) -> list[str]:
+        """Sentences that say in which respects `scan` lies outside what these weights were trained for."""
+        said = []
+        mask, (h, w) = scan.mask, scan.image_shape
+        if "acceleration" in self.trained:
+            lo, hi = self.trained["acceleration"]
+            # Full sampling and milder undersampling are reported too: they were not seen either.
+            if not lo * 0.95 <= scan.acceleration <= hi * 1.05:
+                said.append(f"acceleration {scan.acceleration:.1f}, trained for {lo:g} to {hi:g}")
+        if "centre" in self.trained and mask is not None:
+            core = mask.expand(-1, -1, h, w)[..., h // 2 - 2 : h // 2 + 3, w // 2 - 2 : w // 2 + 3]
+            if float(core.double().mean()) < self.trained["centre"]:
+                said.append(
+                    f"{float(core.double().mean()):.0%} of the central 5×5 of k-space sampled, trained for at least {self.trained['centre']:.0%}"
+                )
+        if "size" in self.trained:
+            lo, hi = self.trained["size"]
+            if min(h, w) < lo or max(h, w) > hi:
+                said.append(f"matrix {h}×{w}, trained for {lo:g} to {hi:g}")
+        if "coils" in self.trained and scan.coils > self.trained["coils"]:
+            said.append(f"{scan.coils} coils, trained for at most {self.trained['coils']:g}")
+        return said
+
+
+def data_residual(x: Tensor, y: Tensor, A: LinearOperator) -> Tensor:
+    """Relative data-consistency residual ‖A x − y‖ / ‖y‖ of each sample, `(B,)`; zero where y is zero."""
+    with torch.no_grad():
+        error = (A(x) - y).abs().square().flatten(1).sum(1).sqrt()
+        total = y.abs().square().flatten(1).sum(1).sqrt()
+        return error / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def prepare(scan: Scan, *, csm: str = "low-resolution") -> Scan:
+    """A scan ready for any method: maps present and normalised, each slice divided by its scale.
+
+    Arguments:
+        csm: how to estimate maps where several coils come without: a name in `coils.MAPS`.
+
+    Raises:
+        BadOption: no such way to estimate maps.
+    """
+    if csm not in coils.MAPS:
+        raise errors.BadOption(f"found {csm!r}", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
+    maps = scan.csm
+    if maps is None and scan.coils > 1:
+        assert scan.mask is not None
+        maps = coils.MAPS[csm](scan.kspace, scan.mask)
+    if maps is not None:
+        rss = maps.abs().square().sum(1, keepdim=True).sqrt()
+        inside = rss > 1e-3 * rss.amax()
+        if float((rss[inside] - 1).abs().max()) > 0.05:
+            errors.warn(
+                "coil maps are not normalised (root sum of squares differs from 1 by over 5 %): normalising them"
+            )
+            maps = maps / torch.where(inside, rss, torch.ones_like(rss)) * inside
+    return normalise(replace(scan, csm=maps))
+
+
+def reconstruct(
+    scan: Scan, model: Reconstructor, *, csm: str = "low-resolution", extrapolate: bool = False, **dials: Any
+) -> Reconstruction:
+    """Reconstruct every slice of a scan: estimate maps if needed → normalise → encode → model → un-normalise.
+
+    Arguments:
+        scan: what was measured.
+        model: any method, see `tunemri.load`.
+        csm: how to estimate coil maps where the scan has none.
+        extrapolate: allow dials outside their range, with a warning.
+        **dials: settings by name; those not named take the model's suggestion for this scan.
+
+    Returns:
+        Reconstruction with the image in the units of the scan; slices are independent of each other.
+
+    Raises:
+        NoData: the scan holds nothing but zeros.
+        BadOption: an unknown dial or a value outside its range.
+        NonFinite: the method gave no usable image.
+    """
+    checked = model.check_dials(dials, extrapolate=extrapolate)
+    given = {name: checked[name] for name in dials}
+    if not bool(scan.kspace.any()):
+        raise errors.NoData("every sample is zero", key="kspace", help="is this the right dataset of the file?")
+    for sentence in model.outside(scan):
+        errors.warn(f"outside what the model was trained for: {sentence}", "wrong_model")
+    ready = prepare(scan, csm=csm)
+    assert ready.scale is not None and scan.scale is not None
+    factor = ready.scale / scan.scale
+    model.eval()
+    pieces = []
+    with torch.no_grad():
+        A = encoding(ready)
+        for b in range(len(ready)):
+            # One slice at a time: memory stays flat, and a slice never depends on its neighbours.
+            y, A_b = ready.kspace[b : b + 1], A.sample(b)
+            pieces.append(model(y, A_b, **(model.suggest(y, A_b) | given)))
+    # A slice without signal has no image; what a network's biases make of it is not one.
+    image = torch.cat([piece.image for piece in pieces]) * ready.kspace.flatten(1).any(1)[:, None, None]
+    finite = torch.isfinite(torch.view_as_real(image)).all()
+    if not bool(finite):
+        raise errors.NonFinite(
+            f"{type(model).__name__} gave NaN or Inf at {pieces[0].dials}",
+            key="image",
+            help="try another setting of its dials",
+        )
+    unfinished = [piece.status for piece in pieces if piece.status != "converged"]
+    up = factor.to(image.real.dtype)[:, None, None]
+    residuals = [piece.residual for piece in pieces if piece.residual is not None]
+    variances = [piece.variance for piece in pieces if piece.variance is not None]
+    return Reconstruction(
+        image=image * up,
+        csm=ready.csm,
+        variance=torch.cat(variances) * up.square() if variances else None,
+        status=unfinished[0] if unfinished else "converged",
+        stats={**pieces[0].stats, "scale": factor.tolist()},
+        dials=pieces[0].dials,
+        residual=torch.cat(residuals) if residuals else None,
+    )

@@ -1,0 +1,214 @@
+"""The methods that need no training: zero-filled, CG-SENSE, total variation and wavelet sparsity.
+
+    x̂ = argmin_x ½‖A x - y‖² + lam · R(x)
+
+on normalised data (see `scan.normalise`), so that lam means the same on every scan. Each problem of a batch is
+solved on its own, and the solution is differentiable in the data, in lam and in whatever A holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from .. import errors, regularisers, solvers
+from ..operators import LinearOperator
+from ..scan import Reconstruction
+from ..transforms import WAVELETS, divergence, gradient
+from .base import Dial, Reconstructor, data_residual
+
+__all__ = ["Sense", "TotalVariation", "Wavelet", "ZeroFilled"]
+
+_EDGE = 0.05  # a step of the image that is an edge, on normalised data
+
+
+class ZeroFilled(Reconstructor):
+    """x̂ = Aᴴ y: what was not measured is taken for zero. Nothing to set, so it has no dials."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments = {}
+
+    def forward(self, y: Tensor, A: LinearOperator) -> Reconstruction:
+        x = A.H(y)
+        return Reconstruction(image=x, residual=data_residual(x, y, A))
+
+
+class Sense(Reconstructor):
+    """Least squares with a weight on the energy of the image, R(x) = ½‖x‖², by conjugate gradients.
+
+    Arguments:
+        iterations: at most; each costs one AᴴA.
+        tolerance: on the relative residual of the normal equations.
+
+    Source: K. P. Pruessmann, M. Weiger, P. Börnert, P. Boesiger, "Advances in sensitivity encoding with
+    arbitrary k-space trajectories" (2001).
+    """
+
+    def __init__(self, *, iterations: int = 100, tolerance: float = 1e-4) -> None:
+        super().__init__()
+        self.arguments = _checked(iterations, tolerance)
+
+    def forward(
+        self,
+        y: Tensor,
+        A: LinearOperator,
+        *,
+        lam: Annotated[
+            float,
+            Dial(
+                sentence="weight of the energy of the image against the data",
+                default=0.02, lo=1e-4, hi=1.0, scale="log", low="noisy", high="dark",
+            ),
+        ] = 0.02,
+    ) -> Reconstruction:  # fmt: skip
+        _check_weight(lam)
+        solution = solvers.cg(lambda x: A.gram(x) + lam * x, A.H(y), **self.arguments)
+        return _reconstruction(solution, y, A, lam, self.arguments["tolerance"])
+
+
+class TotalVariation(Reconstructor):
+    """R(x) = Σ |∇x|, piecewise smooth images: ADMM on d = ∇x.
+
+    Arguments:
+        iterations: at most; each costs one AᴴA.
+        tolerance: on the relative change of the image from one round of five iterations to the next.
+
+    Sources: L. Rudin, S. Osher, E. Fatemi, "Nonlinear total variation based noise removal algorithms" (1992);
+    K. T. Block, M. Uecker, J. Frahm, "Undersampled radial MRI with multiple coils" (2007).
+    """
+
+    def __init__(self, *, iterations: int = 200, tolerance: float = 5e-4) -> None:
+        super().__init__()
+        self.arguments = _checked(iterations, tolerance)
+
+    def forward(
+        self,
+        y: Tensor,
+        A: LinearOperator,
+        *,
+        lam: Annotated[
+            float,
+            Dial(
+                sentence="weight of the total variation against the data",
+                default=0.004, lo=1e-4, hi=0.1, scale="log", low="noisy", high="cartoon",
+            ),
+        ] = 0.004,
+    ) -> Reconstruction:  # fmt: skip
+        _check_weight(lam)
+        # ADMM thresholds ∇x by lam / ρ; tied to the size of edges it converges alike for every lam.
+        b, rho = A.H(y), lam / _EDGE
+        solution = solvers.admm(
+            A.gram,
+            b,
+            gradient,
+            lambda p: -divergence(p),
+            lambda p: regularisers.shrink_field(p, _EDGE),
+            b,
+            rho=rho,
+            **self.arguments,
+        )
+        return _reconstruction(solution, y, A, lam, self.arguments["tolerance"])
+
+
+class Wavelet(Reconstructor):
+    """R(x) = ‖W x‖₁, W orthonormal wavelets, cycle-spun: FISTA that draws new shifts in every iteration.
+
+    The proximal map is the mean over two shifts of opposite parity: together they see every pixel in both
+    phases of the finest level, which takes out most of the noise that random shifts bring along.
+
+    Arguments:
+        iterations: each costs one AᴴA.
+        tolerance: on the relative change of the mean image from the third to the last quarter of the iterations.
+        wavelet: "haar", "db2" or "db4".
+        seed: of the shifts.
+
+    Sources: M. Lustig, D. Donoho, J. Pauly, "Sparse MRI" (2007); M. A. T. Figueiredo, R. D. Nowak, "An EM
+    algorithm for wavelet-based image restoration" (2003), for random shifts.
+    """
+
+    def __init__(self, *, iterations: int = 100, tolerance: float = 1e-2, wavelet: str = "db2", seed: int = 0) -> None:
+        super().__init__()
+        if wavelet not in WAVELETS:
+            raise errors.BadOption(f"found {wavelet!r}", key="wavelet", help=errors.did_you_mean(wavelet, WAVELETS))
+        self.arguments = _checked(iterations, tolerance) | {"wavelet": wavelet, "seed": seed}
+
+    def forward(
+        self,
+        y: Tensor,
+        A: LinearOperator,
+        *,
+        lam: Annotated[
+            float,
+            Dial(
+                sentence="weight of the wavelet coefficients against the data",
+                default=0.005, lo=1e-4, hi=0.1, scale="log", low="noisy", high="blurred",
+            ),
+        ] = 0.005,
+    ) -> Reconstruction:  # fmt: skip
+        _check_weight(lam)
+        sparsity = regularisers.Wavelet(wavelet=self.arguments["wavelet"])
+        generator = torch.Generator().manual_seed(self.arguments["seed"])
+        b = A.H(y)
+        size = torch.tensor(b.shape[-2:])
+
+        def prox(v: Tensor, tau: Tensor) -> Tensor:
+            first, second = (torch.rand(2, 2, generator=generator) * size).long()
+            second = second - (second - first + 1) % 2  # the other parity
+            return (sparsity.prox(v, tau * lam, _pair(first)) + sparsity.prox(v, tau * lam, _pair(second))) / 2
+
+        # New shifts keep the image moving a little for ever, so only the drift of its mean tells whether it arrived.
+        n = self.arguments["iterations"]
+        earlier, later = torch.zeros_like(b), torch.zeros_like(b)
+
+        def watch(status: solvers.Status) -> None:
+            nonlocal earlier, later
+            if status.iteration > n - n // 4:
+                later = later + status.value.detach()
+            elif status.iteration > n - 2 * (n // 4):
+                earlier = earlier + status.value.detach()
+
+        solution = solvers.fista(lambda x: A.gram(x) - b, prox, b, iterations=n, tolerance=0, callback=watch)
+        size = later.abs().square().sum((-2, -1)).sqrt()
+        drift = (later - earlier).abs().square().sum((-2, -1)).sqrt() / torch.where(
+            size > 0, size, torch.ones_like(size)
+        )
+        arrived = solution.converged | ((drift <= self.arguments["tolerance"]) & (n >= 4))
+        solution = replace(solution, residual=drift, converged=arrived)
+        return _reconstruction(solution, y, A, lam, self.arguments["tolerance"])
+
+
+def _pair(shift: Tensor) -> tuple[int, int]:
+    return int(shift[0]), int(shift[1])
+
+
+def _checked(iterations: int, tolerance: float) -> dict[str, int | float]:
+    if iterations < 1:
+        raise errors.BadOption(f"found {iterations}, expected at least 1", key="iterations")
+    if not 0 <= tolerance < 1:
+        raise errors.BadOption(
+            f"found {tolerance}, expected a number in [0, 1)", key="tolerance", help="0: never stop early"
+        )
+    return {"iterations": iterations, "tolerance": tolerance}
+
+
+def _check_weight(lam: float | Tensor) -> None:
+    if not 0 <= float(lam) < float("inf"):
+        raise errors.BadOption(f"found {float(lam):g}, expected a finite number ≥ 0", key="lam")
+
+
+def _reconstruction(
+    solution: solvers.Solution, y: Tensor, A: LinearOperator, lam: float, tolerance: float
+) -> Reconstruction:
+    x, worst = solution.value, float(solution.residual.max())
+    unfinished = f"stopped after {solution.iterations} iterations at {worst:.1e}, above the tolerance {tolerance:.0e}"
+    return Reconstruction(
+        image=x,
+        status="converged" if bool(solution.converged.all()) else unfinished,
+        stats={"iterations": solution.iterations, "change": worst},
+        dials={"lam": float(lam)},
+        residual=data_residual(x, y, A),
+    )

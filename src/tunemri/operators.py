@@ -1,0 +1,314 @@
+"""Linear operators from image to measurement: `A(x)`, `A.H(y)`, `A.gram(x)`, `A @ B`, `A.norm()`.
+
+An operator is an immutable value that holds tensors (a new mask is a new operator; nothing of it
+enters a state dict). Images are complex `(*batch, H, W)`, coil data `(*batch, C, H, W)`; any leading
+axes; everything is plain torch, so derivatives of every order exist in `x`, the maps and the data.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import errors
+from .fourier import fft2, fft2_raw, ifft2, ifft2_raw, phase_ramp
+from .scan import Scan
+from .solvers import power_iteration
+
+__all__ = ["Cartesian", "Coils", "Downsample", "Fourier", "Identity", "LinearOperator", "Mask", "encoding"]
+
+
+class LinearOperator(abc.ABC):
+    """A linear map between complex tensors; subclasses give the map and its adjoint."""
+
+    in_shape: tuple[int, int] | None = None  # (H, W) of the image, where the operator fixes it
+
+    @abc.abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """A x."""
+
+    @abc.abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᴴ y, with ⟨A x, y⟩ = ⟨x, Aᴴ y⟩."""
+
+    @property
+    def H(self) -> LinearOperator:
+        """The adjoint as an operator."""
+        return _Adjoint(self)
+
+    def gram(self, x: Tensor) -> Tensor:
+        """Aᴴ A x; subclasses override it where a shorter way exists."""
+        return self.adjoint(self(x))
+
+    def __matmul__(self, other: LinearOperator) -> LinearOperator:
+        """The composition x ↦ self(other(x))."""
+        return _Composition(self, other)
+
+    def sample(self, index: int) -> LinearOperator:
+        """The operator of batch entry `index` (the batch axis stays, with length one)."""
+        return self
+
+    def norm(self) -> float:
+        """Largest singular value, by 60 power iterations on AᴴA.
+
+        Raises:
+            BadOption: the operator does not fix an image shape.
+        """
+        if self.in_shape is None:
+            raise errors.BadOption("this operator takes any image size, its norm needs one", key="norm")
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(1, *self.in_shape, dtype=torch.complex64, generator=generator)
+        with torch.no_grad():
+            return float(power_iteration(self.gram, start, iterations=60).max().sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class _Adjoint(LinearOperator):
+    of: LinearOperator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.of.adjoint(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.of(y)
+
+    @property
+    def H(self) -> LinearOperator:
+        return self.of
+
+    def sample(self, index: int) -> LinearOperator:
+        return _Adjoint(self.of.sample(index))
+
+
+@dataclass(frozen=True, eq=False)
+class _Composition(LinearOperator):
+    outer: LinearOperator
+    inner: LinearOperator
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_shape", self.inner.in_shape or self.outer.in_shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def gram(self, x: Tensor) -> Tensor:
+        return self.inner.adjoint(self.outer.gram(self.inner(x)))
+
+    def sample(self, index: int) -> LinearOperator:
+        return _Composition(self.outer.sample(index), self.inner.sample(index))
+
+
+class Identity(LinearOperator):
+    """A x = x: denoising."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y
+
+    def norm(self) -> float:
+        return 1.0
+
+
+class Fourier(LinearOperator):
+    """The centred orthonormal FFT of the last two axes."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return fft2(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return ifft2(y)
+
+    def gram(self, x: Tensor) -> Tensor:
+        return x
+
+    def norm(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(LinearOperator):
+    """Multiplication of coil data `(*batch, C, H, W)` by a real mask `(B or 1, 1, H or 1, W)`."""
+
+    mask: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y * self.mask
+
+    def sample(self, index: int) -> LinearOperator:
+        return Mask(_one(self.mask, index))
+
+    def norm(self) -> float:
+        return float(self.mask.abs().max())
+
+
+@dataclass(frozen=True, eq=False)
+class Coils(LinearOperator):
+    """x `(*batch, H, W)` ↦ S_c x `(*batch, C, H, W)` for maps `csm` `(B or 1, C, H, W)`."""
+
+    csm: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_shape", tuple(self.csm.shape[-2:]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.csm * x.unsqueeze(-3)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        _same_coils(y, self.csm)
+        return (self.csm.conj() * y).sum(-3)
+
+    def sample(self, index: int) -> LinearOperator:
+        return Coils(_one(self.csm, index))
+
+    def norm(self) -> float:
+        return float(self.csm.abs().square().sum(-3).max().sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class Downsample(LinearOperator):
+    """Block means of `factor` × `factor` pixels, times `factor`: a low-resolution image for superresolution.
+
+    The scaling makes A Aᴴ = I, so the adjoint is nearest-neighbour enlargement divided by `factor`.
+    Sizes that `factor` does not divide are zero-padded at the end.
+
+    Arguments:
+        factor: block edge in pixels.
+        shape: `(H, W)` of the full-resolution image.
+    """
+
+    factor: int
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_shape", self.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        h, w = self.shape
+        f = self.factor
+        x = F.pad(x, (0, -w % f, 0, -h % f))
+        blocks = x.unflatten(-1, (-1, f)).unflatten(-3, (-1, f))
+        return blocks.sum((-1, -3)) / f
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        h, w = self.shape
+        f = self.factor
+        return y.repeat_interleave(f, -2).repeat_interleave(f, -1)[..., :h, :w] / f
+
+    def norm(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Cartesian(LinearOperator):
+    """Multi-coil Cartesian sampling, A x = M F S x, with the FFT shifts folded into maps and mask.
+
+    `F = D_out F₀ D_in` with F₀ the unshifted FFT (see `fourier.phase_ramp`), so A x = (M D_out) F₀ (S D_in) x
+    needs no shift, and AᴴA needs D_in only. About twice as fast as `Mask @ Fourier @ Coils`, which it equals.
+
+    Arguments:
+        mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled.
+        csm: complex maps `(B or 1, C, H, W)`, or None for one uniform coil.
+        shape: `(H, W)`; needed only where the mask varies along W alone and there are no maps.
+    """
+
+    mask: Tensor
+    csm: Tensor | None = None
+    shape: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        h, w = self.shape or tuple((self.mask if self.csm is None else self.csm).shape[-2:])
+        object.__setattr__(self, "in_shape", (h, w))
+
+    @cached_property
+    def _maps(self) -> Tensor:
+        assert self.in_shape is not None
+        dtype = torch.complex128 if self.mask.dtype == torch.float64 else torch.complex64
+        inner, _ = phase_ramp(self.in_shape, self.csm.dtype if self.csm is not None else dtype)
+        inner = inner.to(self.mask.device)
+        return inner[None] if self.csm is None else self.csm * inner
+
+    @cached_property
+    def _sampling(self) -> Tensor:
+        assert self.in_shape is not None
+        _, outer = phase_ramp(self.in_shape, self._maps.dtype)
+        even = self.in_shape[0] % 2 == 0 and self.in_shape[1] % 2 == 0
+        # Even sizes: the factor is ±1, and a real multiplication is cheaper than a complex one.
+        return self.mask * (outer.real if even else outer).to(self.mask.device)
+
+    @cached_property
+    def _sampled(self) -> Tensor:
+        # |M D_out|² = M² = M for a 0/1 mask; kept general for weighted masks.
+        return self.mask.square().expand(*self.mask.shape[:-2], *(self.in_shape or ())).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _scaled(fft2_raw(self._maps * x.unsqueeze(-3)), self._sampling)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        _same_coils(y, self._maps)
+        image = ifft2_raw(y * self._sampling.conj())
+        return _combine(image, self._maps)
+
+    def gram(self, x: Tensor) -> Tensor:
+        y = _scaled(fft2_raw(self._maps * x.unsqueeze(-3)), self._sampled)
+        return _combine(ifft2_raw(y), self._maps)
+
+    def sample(self, index: int) -> LinearOperator:
+        csm = None if self.csm is None else _one(self.csm, index)
+        one = Cartesian(_one(self.mask, index), csm, self.in_shape)
+        # Hand down what is folded already, rather than fold again for each sample.
+        vars(one).update({name: _one(getattr(self, name), index) for name in ("_maps", "_sampling", "_sampled")})
+        return one
+
+
+def _scaled(y: Tensor, factor: Tensor) -> Tensor:
+    """y · factor, in place where no gradient needs the old value."""
+    return y * factor if y.requires_grad or factor.requires_grad else y.mul_(factor)
+
+
+def _combine(image: Tensor, maps: Tensor) -> Tensor:
+    """Σ_c conj(S_c) x_c over the coil axis; without a sum for one coil."""
+    product = image * maps.conj()
+    return product.squeeze(-3) if product.shape[-3] == 1 else product.sum(-3)
+
+
+def _one(x: Tensor, index: int) -> Tensor:
+    return x[index : index + 1] if x.shape[0] > 1 else x
+
+
+def _same_coils(y: Tensor, maps: Tensor) -> None:
+    # Broadcasting one coil against four maps would give a wrong image without a word.
+    if y.ndim < 3 or y.shape[-3:] != maps.shape[-3:]:
+        raise errors.InconsistentShapes(
+            f"found data {tuple(y.shape)}, expected (…, {', '.join(map(str, maps.shape[-3:]))}): coils, rows, columns",
+            key="kspace",
+        )
+
+
+def encoding(scan: Scan) -> LinearOperator:
+    """The operator A of a scan: y ≈ A x.
+
+    Raises:
+        MissingKey: several coils and no maps (estimate them: `tunemri.coils`).
+        UnsupportedLayout: non-Cartesian data.
+    """
+    if scan.trajectory is not None:
+        raise errors.UnsupportedLayout("non-Cartesian sampling is not available yet", key="trajectory")
+    if scan.csm is None and scan.coils > 1:
+        raise errors.MissingKey(
+            f"{scan.coils} coils and no sensitivity maps", key="csm", help="estimate them, e.g. --csm low-resolution"
+        )
+    assert scan.mask is not None
+    return Cartesian(scan.mask.to(scan.kspace.real.dtype), scan.csm, scan.image_shape)

@@ -1,0 +1,274 @@
+"""The two records that travel: a Scan (what was measured) and a Reconstruction (what came of it)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import errors
+from .fourier import ifft2
+
+__all__ = ["Geometry", "Reconstruction", "Scan", "check_finite", "measured_acceleration", "normalise", "select"]
+
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Where the image lies in the patient.
+
+    Arguments:
+        voxel_size: `(row, column, slice)` spacing in mm, or None when the header does not say.
+        affine: 4×4 array index `(row, column, slice)` → patient RAS in mm, nested tuples, or None: unknown.
+    """
+
+    voxel_size: tuple[float, float, float] | None = None
+    affine: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What was measured, in the units of the file, and what is known about it.
+
+    Arguments:
+        kspace: complex `(B, C, H, W)`, zero where not sampled, or `(B, C, M)` with `trajectory`;
+            B slices, C coils (single-coil is C = 1); centred, orthonormal convention of `fourier`.
+        mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled; None only for non-Cartesian data.
+        trajectory: `(B or 1, M, 2)` (row, column) in cycles per field of view, in [-N/2, N/2).
+        image_shape: `(H, W)` of the image to reconstruct, in pixels.
+        csm: coil sensitivity maps, complex `(B or 1, C, H, W)`; None means unknown.
+        noise_std: standard deviation of the complex noise per sample (√E|n|²), in k-space units; None means unknown.
+        scale: `(B,)` factor that `normalise` divided the k-space by; ones for a scan as read.
+        geometry: voxel size and affine, see `Geometry`.
+        provenance: "acquired", or "simulated: how".
+
+    Raises:
+        InconsistentShapes, UnsupportedLayout, NonFinite, NoData: the fields do not make one scan.
+    """
+
+    kspace: Tensor
+    mask: Tensor | None = None
+    trajectory: Tensor | None = None
+    image_shape: tuple[int, int]
+    csm: Tensor | None = None
+    noise_std: float | None = None
+    scale: Tensor | None = None
+    geometry: Geometry = field(default_factory=Geometry)
+    provenance: str = "acquired"
+
+    def __post_init__(self) -> None:
+        k = self.kspace
+        if not isinstance(k, Tensor) or k.dtype not in _COMPLEX:
+            found = k.dtype if isinstance(k, Tensor) else type(k).__name__
+            raise errors.UnsupportedLayout(
+                f"found {found}, expected a complex64 or complex128 tensor", key="kspace",
+                help="join real and imaginary parts with torch.complex; half precision loses the dynamic range of k-space",
+            )  # fmt: skip
+        cartesian = self.trajectory is None
+        if k.ndim != (4 if cartesian else 3):
+            layout = "(slices, coils, rows, columns)" if cartesian else "(slices, coils, samples) with a trajectory"
+            raise errors.UnsupportedLayout(f"found shape {tuple(k.shape)}, expected {layout}", key="kspace")
+        if 0 in k.shape:
+            raise errors.NoData(f"shape {tuple(k.shape)} holds no sample", key="kspace")
+        h, w = self.image_shape
+        if h < 1 or w < 1:
+            raise errors.InconsistentShapes(f"found {(h, w)}, expected positive sizes", key="image_shape")
+        check_finite(k, "kspace")
+        if cartesian:
+            self._check_cartesian()
+        else:
+            self._check_trajectory()
+        if self.csm is not None:
+            self._check_maps(self.csm)
+        if self.scale is None:
+            object.__setattr__(self, "scale", torch.ones(k.shape[0], dtype=k.real.dtype))
+        elif self.scale.shape != (k.shape[0],):
+            raise errors.InconsistentShapes(
+                f"found shape {tuple(self.scale.shape)}, expected ({k.shape[0]},): one per slice", key="scale"
+            )
+        if self.noise_std is not None and not 0 <= self.noise_std < float("inf"):
+            raise errors.BadOption(f"found {self.noise_std}, expected a finite number ≥ 0", key="noise_std")
+
+    def _check_cartesian(self) -> None:
+        b, _, h, w = self.kspace.shape
+        if self.image_shape != (h, w):
+            raise errors.InconsistentShapes(
+                f"image_shape {self.image_shape} against k-space of {h}×{w}; a Cartesian image has the size of its grid",
+                key="image_shape", help="crop the reconstructed image instead",
+            )  # fmt: skip
+        m = self.mask
+        if m is None:
+            raise errors.MissingKey(
+                "a Cartesian scan needs its sampling mask", key="mask", help="ones for full sampling"
+            )
+        if (
+            m.is_complex()
+            or m.ndim != 4
+            or m.shape[0] not in (1, b)
+            or m.shape[1] != 1
+            or m.shape[2] not in (1, h)
+            or m.shape[3] != w
+        ):
+            raise errors.InconsistentShapes(
+                f"found {tuple(m.shape)} {m.dtype}, expected real ({b} or 1, 1, {h} or 1, {w}) to match k-space {tuple(self.kspace.shape)}",
+                key="mask",
+            )  # fmt: skip
+        if not bool(((m == 0) | (m == 1)).all()):
+            raise errors.UnsupportedLayout(
+                "values other than 0 and 1", key="mask", help="threshold it: 1 means sampled"
+            )
+        if not bool(m.flatten(1).any(1).all()):
+            raise errors.NoData("selects no sample in at least one slice", key="mask")
+
+    def _check_trajectory(self) -> None:
+        t = self.trajectory
+        assert t is not None
+        b, _, samples = self.kspace.shape
+        if t.ndim != 3 or t.shape[0] not in (1, b) or t.shape[1:] != (samples, 2):
+            raise errors.InconsistentShapes(
+                f"found {tuple(t.shape)}, expected ({b} or 1, {samples}, 2) to match k-space {tuple(self.kspace.shape)}",
+                key="trajectory",
+            )
+        check_finite(t, "trajectory")
+
+    def _check_maps(self, csm: Tensor) -> None:
+        b, c = self.kspace.shape[:2]
+        h, w = self.image_shape
+        # No broadcasting over the coil axis: one coil against four maps would give a wrong image, silently.
+        if not csm.is_complex() or csm.ndim != 4 or csm.shape[0] not in (1, b) or csm.shape[1:] != (c, h, w):
+            raise errors.InconsistentShapes(
+                f"found {tuple(csm.shape)} {csm.dtype}, expected complex ({b} or 1, {c}, {h}, {w})", key="csm"
+            )
+        check_finite(csm, "csm")
+        if not bool(csm.abs().flatten(1).any(1).all()):
+            raise errors.NoData("all maps of at least one slice are zero", key="csm")
+
+    def __len__(self) -> int:
+        return self.kspace.shape[0]
+
+    @property
+    def coils(self) -> int:
+        """Number of receive coils C."""
+        return self.kspace.shape[1]
+
+    @property
+    def acceleration(self) -> float:
+        """Measured acceleration: grid points per sampled point, mean over slices; never the nominal one."""
+        return measured_acceleration(self.mask) if self.mask is not None else self._samples_ratio()
+
+    def _samples_ratio(self) -> float:
+        return self.image_shape[0] * self.image_shape[1] / self.kspace.shape[-1]
+
+    def to(self, device: torch.device | str) -> Scan:
+        """The same scan with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name in ("kspace", "mask", "trajectory", "csm", "scale")
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """An image, and what is known about it.
+
+    Arguments:
+        image: complex `(B, H, W)`, in the units of the k-space that it was made from.
+        csm: the maps used, `(B or 1, C, H, W)`, or None.
+        variance: pixelwise posterior variance `(B, H, W)`, or None where a method has none.
+        status: "converged", or a sentence that says why not.
+        stats: numbers worth reporting (iterations, objective, …), JSON-ready.
+        dials: the settings used, name → number.
+        residual: `(B,)` data-consistency residual ‖A x̂ - y‖ / ‖y‖ over the measured samples.
+    """
+
+    image: Tensor
+    csm: Tensor | None = None
+    variance: Tensor | None = None
+    status: str = "converged"
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    dials: Mapping[str, Any] = field(default_factory=dict)
+    residual: Tensor | None = None
+
+    @property
+    def magnitude(self) -> Tensor:
+        """|image|, real `(B, H, W)`."""
+        return self.image.abs()
+
+
+def check_finite(x: Tensor, key: str, file: str | None = None) -> None:
+    """Raise `NonFinite` with count and first position unless every entry of `x` is a number."""
+    finite = torch.isfinite(torch.view_as_real(x) if x.is_complex() else x)
+    if bool(finite.all()):
+        return
+    bad = ~(finite.all(-1) if x.is_complex() else finite)
+    first = tuple(int(i) for i in bad.nonzero()[0])
+    raise errors.NonFinite(
+        f"{int(bad.sum())} of {bad.numel()} values are NaN or Inf, first at {first}", file=file, key=key,
+        help="repair or drop that slice; one such sample spoils the whole image",
+    )  # fmt: skip
+
+
+def measured_acceleration(mask: Tensor) -> float:
+    """Grid points per sampled point of a mask `(…, H or 1, W)`: the mean of a 0/1 mask, inverted."""
+    return float(1 / mask.double().mean())
+
+
+def select(scan: Scan, slices: slice) -> Scan:
+    """The given slices of a scan, with everything that belongs to them.
+
+    Raises:
+        BadOption: the selection is empty.
+    """
+    b = len(scan)
+    if len(range(b)[slices]) == 0:
+        raise errors.BadOption(f"{slices.start}:{slices.stop} selects none of {b} slices", key="slice")
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return x[slices] if x is not None and x.shape[0] == b else x
+
+    return replace(
+        scan, kspace=scan.kspace[slices], mask=cut(scan.mask), trajectory=cut(scan.trajectory),
+        csm=cut(scan.csm), scale=cut(scan.scale),
+    )  # fmt: skip
+
+
+def normalise(scan: Scan) -> Scan:
+    """Divide each slice by its own scale, so that a dial means the same on every scan.
+
+    The scale is the 99th percentile of a low-resolution magnitude image made from the central 24×24
+    (or fewer) k-space points, divided by the fraction of that centre that was sampled. It therefore
+    depends neither on the acceleration nor on the mask family, and scaling the data by c scales it by c.
+    Computed per slice: a slice of a volume gives the image that it would give alone. A slice without
+    signal keeps the scale 1.
+    """
+    if scan.trajectory is not None or scan.mask is None:
+        raise errors.UnsupportedLayout("normalising non-Cartesian data is not available yet", key="trajectory")
+    y, (h, w) = scan.kspace, scan.image_shape
+    b = len(scan)
+    # Work on a copy brought near 1 first: data near the float32 limits must not overflow here.
+    peak = y.abs().flatten(1).amax(1).double()
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    y64 = y.to(torch.complex128) / peak[:, None, None, None]
+    rows, cols = (torch.hann_window(min(24, n) + 2, periodic=False, dtype=torch.float64)[1:-1] for n in (h, w))
+    top, left = h // 2 - len(rows) // 2, w // 2 - len(cols) // 2
+    centre = (..., slice(top, top + len(rows)), slice(left, left + len(cols)))
+    window = rows[:, None] * cols
+    low = torch.zeros_like(y64)
+    low[centre] = y64[centre] * window
+    image = ifft2(low).abs().square().sum(1).sqrt()
+    sampled = scan.mask.double().expand(-1, -1, h, w)[centre].mul(window).sum((1, 2, 3)) / window.sum()
+    scale = torch.quantile(image.flatten(1), 0.99, dim=1) / sampled.clamp(min=1e-3)
+    # Nothing in the centre: fall back on the energy of all samples.
+    energy = y64.abs().square().sum((1, 2, 3)).div(h * w).sqrt()
+    scale = torch.where(scale > 1e-6 * energy, scale, energy)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).expand(b) * peak
+    scaled = (y.to(torch.complex128) / scale[:, None, None, None]).to(torch.complex64)
+    noise = None if scan.noise_std is None else scan.noise_std / float(scale.mean())
+    assert scan.scale is not None
+    return replace(scan, kspace=scaled, noise_std=noise, scale=scan.scale.double() * scale)

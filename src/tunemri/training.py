@@ -1,0 +1,510 @@
+"""The one training loop, with resume that is exact to the bit, and the automatic matching of loss scales.
+
+Run it on several devices with `torchrun -m tunemri train …`: gradients are averaged by one explicit
+all-reduce of a flat vector (DistributedDataParallel leaves gradients of gradient-based losses unsynchronised).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from . import errors, files
+from .datasets import Example, Sampler, load_images
+from .methods import Reconstructor, make, save
+from .methods.hyperrecon import SingleWeight
+
+__all__ = ["Interrupted", "Plan", "fit", "match_scales", "read_recipe", "train"]
+
+_SECTIONS = ("method", "arguments", "scales", "data", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to train.
+
+    Arguments:
+        steps: optimiser steps in all.
+        lr: peak learning rate of Adam.
+        warmup: steps of linear warm-up; a cosine to zero follows.
+        clip: largest norm of the gradient.
+        average: decay of the running average of the weights, which is what gets saved; 0 switches it off.
+        checkpoint: seconds between checkpoints.
+        precision: of the convolutions in training, "float32" or "bfloat16" (1.6 times as fast on processors that
+            have it); weights, data consistency and losses keep float32.
+        seed: of everything random in training.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 200
+    clip: float = 1.0
+    average: float = 0.999
+    checkpoint: float = 120.0
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise errors.BadOption(f"found {self.precision!r}, expected float32 or bfloat16", key="training.precision")
+        numbers = {k: v for k, v in asdict(self).items() if k not in ("seed", "precision")}
+        for name, value in numbers.items():
+            if not math.isfinite(value) or value < 0 or (name in ("steps", "lr", "clip") and value == 0):
+                raise errors.BadOption(f"found {value}, expected a positive number", key=f"training.{name}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (SIGINT or SIGTERM); its state was saved."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"signal {signum}")
+
+
+def fit(
+    model: Reconstructor,
+    batches: Callable[[int, int], Example],
+    plan: Plan,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    device: str = "cpu",
+) -> Reconstructor:
+    """Minimise the mean of `model.loss` over `batches`; return the model with its averaged weights.
+
+    Step n draws its batch and its dials from a seed made of (plan.seed, n), so a run that was killed at any
+    step and resumed ends with the same weights, bit for bit, as one that was not (same machine and threads).
+
+    Arguments:
+        batches: (step, rank) → Example.
+        folder: run folder; holds `state.safetensors` (the newest) and `state.previous.safetensors`.
+        resume: go on from the newest readable state in `folder`.
+        recipe: what is being trained; a state made by another recipe is refused.
+        report: called with step, loss, rate, seconds about every ten seconds.
+        device: where to train.
+
+    Raises:
+        Busy: another process trains in this folder. BadOption: the folder holds a run and `resume` is false, or the recipe differs.
+        NonFinite: the loss was NaN or Inf in three steps running; the last state is intact. Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    folder = Path(folder)
+    files.make_folder(folder)
+    rank, world = _distributed()
+    model.to(device).train()
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.Adam(parameters.values(), lr=plan.lr)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    identity = json.dumps({"recipe": recipe, "plan": asdict(plan), "world": world}, sort_keys=True, default=str)
+    with _claimed(folder) if rank == 0 else _nothing(), _signals() as asked:
+        start, seconds = 0, 0.0
+        if resume:
+            start, seconds = _restore(folder, model, optimiser, parameters, average, identity)
+        elif (folder / "state.safetensors").exists():
+            raise errors.BadOption(
+                "this folder already holds a run", file=folder, help="--resume to go on with it, or name another"
+            )
+        began = saved = told = time.monotonic()
+        bad = 0
+        for step in range(start, plan.steps):
+            generator = torch.Generator().manual_seed((plan.seed * 7_368_787 + step) * 1013 + rank)
+            for group in optimiser.param_groups:
+                group["lr"] = plan.rate(step)
+            optimiser.zero_grad(set_to_none=True)
+            example = _to(batches(step, rank), device)
+            with torch.autocast(device, torch.bfloat16, enabled=plan.precision == "bfloat16"):
+                loss = model.loss(example, generator)
+            loss.backward()
+            _all_reduce(parameters.values(), world)
+            _share_buffers(model, world)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
+            if not bool(torch.isfinite(norm)):
+                bad += 1
+                if bad == 3:
+                    raise errors.NonFinite(
+                        f"loss {float(loss.detach()):g} with a gradient that is not finite, three steps running up to {step}",
+                        file=folder, key="loss", help="lower training.lr; the last saved state is sound",
+                    )  # fmt: skip
+                errors.warn(f"step {step}: gradient is not finite, step skipped", "non_finite")
+            else:
+                bad = 0
+                optimiser.step()
+                with torch.no_grad():
+                    # A short memory at first: the average would otherwise remember the initialisation for long.
+                    decay = min(plan.average, (1 + step) / (10 + step))
+                    for name, p in parameters.items():
+                        average[name].lerp_(p, 1 - decay)
+            now = time.monotonic()
+            last = step + 1 == plan.steps
+            if report and rank == 0 and (last or now - told > 10):
+                told = now
+                spent = seconds + now - began
+                report(
+                    {
+                        "step": step + 1,
+                        "steps": plan.steps,
+                        "loss": float(loss.detach()),
+                        "rate": plan.rate(step),
+                        "seconds": spent,
+                    }
+                )
+            if rank == 0 and (last or asked or now - saved > plan.checkpoint):
+                _save(folder, model, optimiser, parameters, average, step + 1, seconds + now - began, identity)
+                saved = now
+            if asked and not last:
+                raise Interrupted(asked[0])
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(average[name])
+    return model.eval()
+
+
+def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """A TOML recipe of `method`, `arguments`, `scales`, `data`, `training`, with `section.key=value` changes applied.
+
+    Raises:
+        UnreadableFile: not TOML. BadOption: an unknown section or key, or a change that is not `key=value`.
+    """
+    path = Path(path)
+    files.check(path)
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise errors.UnreadableFile(f"not a TOML recipe: {error}", file=path) from error
+    for change in changes:
+        name, sign, text = change.partition("=")
+        if not sign:
+            raise errors.BadOption(f"found {change!r}, expected section.key=value", key="set")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text  # a bare word: a path or a name
+        *sections, key = name.strip().split(".")
+        table = recipe
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise errors.BadOption(f"{section!r} is not a section", key=name)
+        table[key] = value
+    known: dict[str, Iterable[str]] = {
+        "data": {*inspect.signature(Sampler).parameters, "folder", "sources"} - {"images"},
+        "training": inspect.signature(Plan).parameters,
+        "scales": ("steps", "examples"),
+    }
+    for section in recipe:
+        if section not in _SECTIONS:
+            raise errors.BadOption(
+                "no such section", file=path, key=section, help=errors.did_you_mean(section, _SECTIONS)
+            )
+    for section, keys in known.items():
+        for key in recipe.get(section, {}):
+            if key not in keys:
+                raise errors.BadOption(
+                    "no such key", file=path, key=f"{section}.{key}", help=errors.did_you_mean(key, keys)
+                )
+    for section in ("method", "data", "training"):
+        if section not in recipe:
+            raise errors.MissingKey("a recipe needs it", file=path, key=section)
+    return recipe
+
+
+def train(
+    recipe: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> Reconstructor:
+    """Follow a recipe: load the images, match the loss scales if asked, fit, write `model.safetensors` into `folder`.
+
+    Arguments:
+        recipe: as from `read_recipe`.
+        folder: the run; checkpoints live there too.
+        resume: go on with the run in `folder`.
+        report: see `fit`.
+
+    Raises:
+        BadOption: an argument that the method refuses, or a run that is there already; what `load_images` and `fit` raise.
+    """
+    folder = Path(folder)
+    data = dict(recipe["data"])
+    source = data.pop("folder", None) or os.environ.get("TUNEMRI_DATA")
+    if source is None:
+        raise errors.MissingKey("where the images are", key="data.folder", help="--set data.folder=DIR")
+    plan = Plan(**recipe["training"])
+    arguments = dict(recipe.get("arguments", {}))
+    images = load_images(source, data.pop("sources", ()))
+    sampler = Sampler(images=images, **data)
+    torch.manual_seed(plan.seed)
+    probe = make(recipe["method"], arguments)  # a wrong argument must fail before any work
+    if (matching := recipe.get("scales")) is not None:
+        shared = {k: arguments[k] for k in ("main", "terms") if k in arguments}
+
+        def single(weights: list[float]) -> SingleWeight:
+            torch.manual_seed(plan.seed)
+            return SingleWeight(**shared, weights=weights)
+
+        short = replace(plan, steps=matching["steps"], warmup=min(plan.warmup, matching["steps"] // 4))
+        count = len(arguments.get("terms", ("mae", "ssim")))
+        arguments["scales"] = match_scales(single, count, sampler, short, folder, examples=matching.get("examples", 16))
+    lo, hi = sampler.acceleration
+    arguments["trained"] = {
+        "acceleration": [lo, hi], "size": [min(64, sampler.size), 512], "coils": 32,
+        "noise": list(sampler.noise), "masks": list(sampler.masks),
+    }  # fmt: skip
+    del probe
+    torch.manual_seed(plan.seed)
+    model = make(recipe["method"], arguments)
+    fit(model, sampler, plan, folder, resume=resume, recipe=recipe, report=report)
+    if _distributed()[0] == 0:
+        made = {
+            "data": recipe["data"],
+            "training": recipe["training"],
+            "images": {k: len(v) for k, v in images.items()},
+        }
+        save(
+            model,
+            folder / "model.safetensors",
+            made | {"commit": _commit(), "torch": torch.__version__},
+            overwrite=True,
+        )
+    return model
+
+
+def _commit() -> str:
+    """The commit of the checkout that this runs from, "+" appended where files differ; "" outside one."""
+    try:
+        here = Path(__file__).parent
+        run = partial(subprocess.run, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return commit + ("+" if run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def match_scales(
+    build: Callable[[list[float]], SingleWeight],
+    count: int,
+    batches: Callable[[int, int], Example],
+    plan: Plan,
+    folder: str | Path,
+    *,
+    examples: int = 16,
+) -> list[float]:
+    """s_k = typical loss k of a network trained for term k alone, from short runs of `plan.steps` (the two-network rule).
+
+    Typical is the geometric mean over samples, since `SingleWeight.loss` is the mean logarithm.
+
+    Arguments:
+        build: weights w → a fresh network for that weighting.
+        count: number of terms K.
+        examples: batches, unseen in training, that the losses are averaged over.
+    """
+    scales = []
+    for k in range(count):
+        weights = [float(j == k) for j in range(count)]
+        network = build(weights)
+        assert isinstance(network, SingleWeight)
+        fit(
+            network,
+            batches,
+            plan,
+            Path(folder) / f"scale-{k}",
+            resume=(Path(folder) / f"scale-{k}/state.safetensors").exists(),
+        )
+        generator = torch.Generator().manual_seed(plan.seed)
+        values = [float(network.loss(batches(plan.steps + n, 0), generator).detach()) for n in range(examples)]
+        scales.append(math.exp(sum(values) / examples))
+    return scales
+
+
+def _to(example: Example, device: str) -> Example:
+    if device == "cpu":
+        return example
+    raise errors.BadOption(f"found {device!r}", key="device", help="training runs on cpu for now")
+
+
+def _distributed() -> tuple[int, int]:
+    """(rank, world size); joins the group that torchrun describes, if there is one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), world
+
+
+def _all_reduce(parameters: Any, world: int) -> None:
+    """Average the gradients of all processes: one message."""
+    if world == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    offset = 0
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = flat[offset : offset + g.numel()].view_as(g).clone()
+        offset += g.numel()
+
+
+def _share_buffers(model: Reconstructor, world: int) -> None:
+    """Running statistics and loss scales of the first process for all: each has seen other samples."""
+    if world > 1:
+        for buffer in model.buffers():
+            if buffer.numel():
+                dist.broadcast(buffer, 0)
+
+
+def _save(
+    folder: Path, model: Reconstructor, optimiser: torch.optim.Adam, parameters: dict[str, Tensor],
+    average: dict[str, Tensor], step: int, seconds: float, identity: str,
+) -> None:  # fmt: skip
+    """Keep the state before this one, then put the new one in place: a kill at any moment leaves a whole state."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    for name, p in parameters.items():
+        for key, value in optimiser.state.get(p, {}).items():
+            tensors[f"adam.{key}.{name}"] = torch.as_tensor(value)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    metadata = {"step": str(step), "seconds": repr(seconds), "identity": identity}
+    newest = folder / "state.safetensors"
+    if newest.exists():
+        os.replace(newest, folder / "state.previous.safetensors")
+    with files.write_atomically(newest, overwrite=True) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))  # save_file would let only its owner read it
+
+
+def _restore(
+    folder: Path, model: Reconstructor, optimiser: torch.optim.Adam, parameters: dict[str, Tensor],
+    average: dict[str, Tensor], identity: str,
+) -> tuple[int, float]:  # fmt: skip
+    for name in ("state.safetensors", "state.previous.safetensors"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            with safe_open(path, "pt") as f:
+                metadata = f.metadata()
+                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:
+            errors.warn(f"{path.name}: damaged ({error}), trying the state before it", "unreadable_file")
+            continue
+        if metadata["identity"] != identity:
+            raise errors.BadOption(
+                f"made by another recipe: {_difference(json.loads(metadata['identity']), json.loads(identity))}",
+                file=path, key="recipe", help="resume with the recipe of the run, or start in a new folder",
+            )  # fmt: skip
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for key, p in parameters.items():
+            average[key].copy_(tensors[f"average.{key}"])
+            state = {
+                k: tensors[f"adam.{k}.{key}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{key}" in tensors
+            }
+            if state:
+                optimiser.state[p] = state
+        return int(metadata["step"]), float(metadata["seconds"])
+    return 0, 0.0
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first leaf at which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            if found := _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")):
+                return found
+        return ""
+    return "" if old == new else f"{path} was {old}, is {new}"
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold the run folder: a second process is refused; the claim of a dead process of this machine is taken over."""
+    lock = folder / "lock.json"
+    mine: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+    while True:
+        try:
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            try:
+                holder = json.loads(lock.read_text())
+                gone = holder["host"] == mine["host"] and not _alive(int(holder["pid"]))
+            except (OSError, ValueError, TypeError, KeyError):
+                holder, gone = {"pid": "?", "host": "?"}, False  # not written yet, or not by us: leave it alone
+            if not gone:
+                raise errors.Busy(
+                    f"process {holder['pid']} on {holder['host']} is training here", file=folder,
+                    help=f"wait for it, or remove {lock.name} if it is gone",
+                ) from None  # fmt: skip
+            lock.unlink(missing_ok=True)
+    try:
+        with os.fdopen(handle, "w") as f:
+            json.dump(mine, f)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return pid > 0
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted for the loop to finish its step and save; a second one stops at once."""
+    asked: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: leave signals to whoever owns it
+        before = {}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,162 @@
+"""What a reader does with files that are damaged, hostile, not what they seem, or merely odd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import malformed
+import tunemri
+from malformed import ACCEPTED, REFUSED, Case, fastmri, kspace, lines
+from tunemri import errors, files, formats
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+        if not p.is_symlink()
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; nothing but the test may write into it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore::tunemri.errors.TunemriWarning")
+def test_refused(case: Case, here: Path) -> None:
+    path = case.build(here)
+    before = snapshot(here)
+    start = time.perf_counter()
+    with pytest.raises(errors.TunemriError) as caught:
+        getattr(formats, case.reader)(path)
+    assert time.perf_counter() - start < 1.5, "a refusal is quick"
+    error = caught.value
+    assert error.word == case.word, str(error)
+    assert error.exit_code == case.exit_code
+    assert str(error).startswith(str(path.parent if path.parent != path else path)), "the message begins with the file"
+    for piece in case.says:
+        assert piece in str(error)
+    assert "\n" not in error.what + (error.help or "")
+    assert snapshot(here) == before, "reading changed something"
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.name)
+def test_accepted(case: Case, tmp_path: Path) -> None:
+    path = case.build(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scan = formats.read(path)
+    said = [str(w.message) for w in caught]
+    assert len(said) == len(case.says), said
+    for piece, message in zip(case.says, said, strict=True):
+        assert piece in message
+        assert path.name in message
+    truth = torch.from_numpy(kspace()).to(torch.complex128)
+    found = scan.kspace.to(torch.complex128)
+    found = found * (truth.norm() / found.norm())
+    assert float((found - truth).norm() / truth.norm()) < 1e-3
+    assert scan.acceleration == 1
+    assert scan.provenance == "acquired"
+
+
+def test_every_case_is_told_apart() -> None:
+    """Names are test ids, and every class of file error is met."""
+    names = [case.name for case in REFUSED + ACCEPTED]
+    assert len(names) == len(set(names))
+    assert {case.word for case in REFUSED} == {
+        "unreadable_file", "missing_key", "inconsistent_shapes", "non_finite", "unsupported_layout", "no_data",
+        "too_large", "unsafe_content",
+    }  # fmt: skip
+
+
+def test_no_permission_is_the_environments_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fastmri(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a superuser may read everything
+    with pytest.raises(errors.UnreadableFile, match="permission") as caught:
+        formats.read(path)
+    assert caught.value.exit_code == 3
+
+
+def test_limit_is_raised_by_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fastmri(tmp_path)
+    monkeypatch.setenv("TUNEMRI_MAX_BYTES", "1000")
+    with pytest.raises(errors.TooLarge, match="1000 bytes"):
+        formats.read(path)
+    monkeypatch.setenv("TUNEMRI_MAX_BYTES", str(kspace().nbytes))
+    assert len(formats.read(path)) == malformed.B
+    monkeypatch.setenv("TUNEMRI_MAX_BYTES", "much")
+    with pytest.raises(errors.BadOption, match="TUNEMRI_MAX_BYTES"):
+        formats.read(path)
+    monkeypatch.delenv("TUNEMRI_MAX_BYTES")
+    files.check_declared((2**30,), 4, 2**23, file=path)  # 4 GiB, 512-fold: images compress like that
+    with pytest.raises(errors.TooLarge):
+        files.check_declared((2**33,), 16, 2**40, file=path)
+
+
+def test_a_file_replaced_while_being_read(tmp_path: Path) -> None:
+    path = fastmri(tmp_path)
+    with pytest.raises(errors.UnreadableFile, match="changed"), files.check_unchanged(path):
+        path.write_bytes(b"other")
+
+
+@pytest.mark.parametrize(
+    "name", [" blank .h5", "quo'te\".h5", "a;b$c.h5", "ümlaut.h5", "-dash.h5", "line\nbreak.h5", "a" * 252 + ".h5"]
+)
+def test_any_file_name(name: str, here: Path) -> None:
+    fastmri(here, name)
+    assert len(formats.read(name)) == malformed.B
+    assert formats.write("copy.h5", formats.read(name)) == {"content": "k-space"}
+    formats.write(name, formats.read(name), overwrite=True)
+    assert sorted(os.listdir(here)) == sorted([name, "copy.h5"])
+
+
+def test_mask_that_disagrees_with_the_data(tmp_path: Path) -> None:
+    with pytest.warns(errors.TunemriWarning, match="energy lies where it says 'not sampled'"):
+        scan = formats.read(fastmri(tmp_path, mask=1 - lines()))
+    assert not bool((scan.kspace * (scan.mask == 0)).any()), "what the mask leaves out is zero"
+    with pytest.warns(errors.TunemriWarning, match="it calls sampled are zero"):
+        formats.read(fastmri(tmp_path, kspace=kspace() * lines(), mask=np.ones(malformed.W)))
+    quiet = formats.read(fastmri(tmp_path, kspace=kspace() * lines(), mask=lines()))
+    assert quiet.acceleration == pytest.approx(1 / lines().mean())
+
+
+def test_zero_frequency_in_the_corner(tmp_path: Path) -> None:
+    with pytest.warns(errors.TunemriWarning, match="fftshift"):
+        formats.read(fastmri(tmp_path, kspace=np.fft.ifftshift(kspace(), axes=(-2, -1))))
+
+
+def test_one_empty_slice_is_kept(tmp_path: Path) -> None:
+    y = kspace()
+    y[0] = 0
+    scan = formats.read(fastmri(tmp_path, kspace=y))
+    assert not bool(scan.kspace[0].any()) and bool(scan.kspace[1].any()) and scan.acceleration == 1
+
+
+def test_warnings_as_errors_stay_warnings(tmp_path: Path) -> None:
+    with pytest.raises(errors.TunemriWarning, match="no mask"):
+        formats.read(fastmri(tmp_path, kspace=kspace() * lines()))
+
+
+def test_random_damage(tmp_path: Path) -> None:
+    """Whatever bytes are hit: an error of ours or finite values, never a crash, a NaN or a stranger's exception."""
+    source = Path(tunemri.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, malformed.__file__, str(tmp_path), "40"],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(source), "TUNEMRI_MAX_BYTES": str(2**30)},
+    )  # fmt: skip
+    assert run.stderr == "", "libraries report to nobody"
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
