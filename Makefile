@@ -48,8 +48,7 @@ format: $(STAMP) ## put the code into the form that check asks for
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## classical solvers against BART, operators against the plain form; one thread each
-	$(ONE) $(BIN)/python benchmarks/operators.py
+bench: $(STAMP) ## classical solvers against BART, one thread each
 	$(ONE) $(BIN)/python benchmarks/classical.py
 
 clean: ## remove what make made

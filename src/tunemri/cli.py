@@ -88,7 +88,7 @@ def doctor(as_json: AsJson = False) -> None:
     out = methods.reconstruct(scan, methods.load("sense"))
     error = float((out.magnitude - target.abs()).norm() / target.abs().norm())
     seconds = time.perf_counter() - start
-    facts = {
+    facts: dict[str, Any] = {
         "ok": error < 0.3,
         "tunemri": __version__,
         "python": platform.python_version(),
@@ -315,7 +315,7 @@ def sweep(
     contestant = _contestant(model, {}, [], False)
     data, truth = _load(scan, slices, csm, reference)
     dials = contestant.model.dials
-    axes = _grid(grid or [], contestant.model) or {name: 11 for name in dials}
+    axes = _grid(grid or [], contestant.model) or dict.fromkeys(dials, 11)
     fixed = {name: value for name, value in contestant.dials.items() if name not in axes}
     with console.progress("sweep") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
         rows = evaluation.sweep(data, contestant.model, {**fixed, **axes}, reference=truth, metrics=names, progress=bar)
@@ -417,8 +417,9 @@ def train(
     except training.Interrupted as stop:
         console.say(f"interrupted, state saved; go on with: tunemri train {recipe} --resume -o {output}")
         raise typer.Exit(128 + stop.signum) from None
-    facts = {"ok": True, "out": str(output / "model.safetensors"), "sha256": files.sha256(output / "model.safetensors")}
-    _result(facts, as_json, f"{facts['out']}  {facts['sha256'][:12]}")
+    weights = output / "model.safetensors"
+    digest = files.sha256(weights)
+    _result({"ok": True, "out": str(weights), "sha256": digest}, as_json, f"{weights}  {digest[:12]}")
 
 
 @app.command()
@@ -464,7 +465,7 @@ def evaluate(
     names = _metrics(metrics, *gates)
     contestants = [_contestant(text, {}, [], False) for text in model]
     plan = scoring.Plan(
-        folder=data, sources=tuple(sources.split(",")) if sources else None, limit=limit, coils=coils, noise=noise,
+        folder=data, sources=tuple(sources.split(",")) if sources else (), limit=limit, coils=coils, noise=noise,
         seed=seed, masks=tuple(masks or ["poisson:4"]),
     )  # fmt: skip
     with console.progress("evaluate") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
@@ -560,7 +561,8 @@ def _recon_one(
         "ok": True, "out": str(target), "out_sha256": files.sha256(target), "scan": str(scan), "scan_sha256": files.sha256(scan),
         "model": chosen.name, "model_sha256": _model_hash(chosen.name), "dials": dict(out.dials), "csm": csm, "slice": slices,
         "seed": seed, "device": device, "shape": list(image.shape), "coils": data.coils, "provenance": data.provenance,
-        "acceleration": data.acceleration, "scale": out.stats.get("scale"), "residual": None if out.residual is None else float(out.residual.mean()),
+        "acceleration": data.acceleration, "scale": out.stats.get("scale"),
+        "residual": None if out.residual is None else float(out.residual.mean()),
         "status": out.status, "metrics": scores, "seconds": seconds, **notes,
     }  # fmt: skip
     console.sidecar(target, facts, overwrite=overwrite)

@@ -165,12 +165,11 @@ class Sampler:
         levels = torch.tensor([self._noise(generator) for _ in range(self.batch)]) * x.abs().amax((1, 2))
         noise = torch.randn(y_full.shape, dtype=torch.complex64, generator=generator)
         kspace = (y_full + levels[:, None, None, None] * noise) * mask
-        if coils > 1:
-            # Half of these learn with maps estimated from the measured centre, as at the scanner.
-            if _uniform(0, 1, generator) < 0.5:
-                estimated = coil_methods.low_resolution_maps(kspace, mask)
-                x = (estimated.conj() * maps).sum(1) * x
-                maps = estimated
+        # Half of the multi-coil batches learn with maps estimated from the measured centre, as at the scanner.
+        if coils > 1 and _uniform(0, 1, generator) < 0.5:
+            estimated = coil_methods.low_resolution_maps(kspace, mask)
+            x = (estimated.conj() * maps).sum(1) * x
+            maps = estimated
         scan = Scan(
             kspace=kspace, mask=mask, csm=maps if coils > 1 else None, image_shape=(self.size, self.size),
             provenance="simulated: training",

@@ -11,6 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from . import __version__, evaluation, files, methods, plots, report
+from .metrics import shown
+from .scan import Scan
 from .simulate import sample
 
 __all__ = ["run"]
@@ -77,7 +79,7 @@ def run(folder: Path, progress: Callable[[int, int], None], *, points: int = 21,
     )  # fmt: skip
     table = [["method", "setting", *(evaluation.heading(m) for m in _METRICS), "seconds"]]
     for row in [*others, *(evaluation.choose_by_reference(rows, m) for m in ("psnr", "ssim"))]:
-        values = [evaluation.shown(m, row.metrics[m]) for m in _METRICS]
+        values = [shown(m, row.metrics[m]) for m in _METRICS]
         table.append([row.labels["model"], _setting(row), *values, f"{row.seconds:.2f}"])
     sections: list[report.Section] = [
         live,
@@ -93,7 +95,9 @@ def run(folder: Path, progress: Callable[[int, int], None], *, points: int = 21,
         report.Picture(
             title="Along the dial", png=sheet.png(), caption="From one end to the other, the same scan and the same weights."
         ),
-        report.Table(title="In numbers", rows=table, words=2, caption="The last two rows: the settings with the best PSNR and the best SSIM."),
+        report.Table(
+            title="In numbers", rows=table, words=2, caption="The last two rows: the settings with the best PSNR and the best SSIM.",
+        ),
         report.Text(
             title="What this is, and what it is not",
             text=f"The scan is {scan.provenance}. The anatomy is an average of many brains and smoother than a person's, "
@@ -117,7 +121,7 @@ def run(folder: Path, progress: Callable[[int, int], None], *, points: int = 21,
     return summary
 
 
-def _at_its_best(name: str, scan: evaluation.Scan, reference: Tensor) -> evaluation.Row:
+def _at_its_best(name: str, scan: Scan, reference: Tensor) -> evaluation.Row:
     """A classical method at the weight with the best PSNR on this very scan: as honest a rival as can be had."""
     model = methods.load(name)
     case = evaluation.Case(name="sample", scan=scan, reference=reference)

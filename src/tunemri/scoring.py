@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import errors, evaluation, formats, plots, report
+from . import errors, evaluation, plots, report
 from .datasets import SOURCES, load_images
 from .evaluation import Case, Contestant, Row
 from .methods import prepare

@@ -113,8 +113,10 @@ def fit(
         device: where to train.
 
     Raises:
-        Busy: another process trains in this folder. BadOption: the folder holds a run and `resume` is false, or the recipe differs.
-        NonFinite: the loss was NaN or Inf in three steps running; the last state is intact. Interrupted: on SIGINT or SIGTERM, after saving.
+        Busy: another process trains in this folder.
+        BadOption: the folder holds a run and `resume` is false, or the recipe differs.
+        NonFinite: the gradient was NaN or Inf in three steps running; the last state is intact.
+        Interrupted: on SIGINT or SIGTERM, after saving.
     """
     folder = Path(folder)
     files.make_folder(folder)

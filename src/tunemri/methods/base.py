@@ -173,10 +173,9 @@ class Reconstructor(nn.Module, abc.ABC):
                 said.append(f"acceleration {scan.acceleration:.1f}, trained for {lo:g} to {hi:g}")
         if "centre" in self.trained and mask is not None:
             core = mask.expand(-1, -1, h, w)[..., h // 2 - 2 : h // 2 + 3, w // 2 - 2 : w // 2 + 3]
-            if float(core.double().mean()) < self.trained["centre"]:
-                said.append(
-                    f"{float(core.double().mean()):.0%} of the central 5×5 of k-space sampled, trained for at least {self.trained['centre']:.0%}"
-                )
+            share, least = float(core.double().mean()), self.trained["centre"]
+            if share < least:
+                said.append(f"{share:.0%} of the central 5×5 of k-space sampled, trained for at least {least:.0%}")
         if "size" in self.trained:
             lo, hi = self.trained["size"]
             if min(h, w) < lo or max(h, w) > hi:

@@ -65,9 +65,9 @@ class Sense(Reconstructor):
             ),
         ] = 0.02,
     ) -> Reconstruction:  # fmt: skip
-        _check_weight(lam)
+        number = _number(lam)
         solution = solvers.cg(lambda x: A.gram(x) + lam * x, A.H(y), **self.arguments)
-        return _reconstruction(solution, y, A, lam, self.arguments["tolerance"])
+        return _reconstruction(solution, y, A, number, self.arguments["tolerance"])
 
 
 class TotalVariation(Reconstructor):
@@ -98,7 +98,7 @@ class TotalVariation(Reconstructor):
             ),
         ] = 0.004,
     ) -> Reconstruction:  # fmt: skip
-        _check_weight(lam)
+        number = _number(lam)
         # ADMM thresholds ∇x by lam / ρ; tied to the size of edges it converges alike for every lam.
         b, rho = A.H(y), lam / _EDGE
         solution = solvers.admm(
@@ -111,7 +111,7 @@ class TotalVariation(Reconstructor):
             rho=rho,
             **self.arguments,
         )
-        return _reconstruction(solution, y, A, lam, self.arguments["tolerance"])
+        return _reconstruction(solution, y, A, number, self.arguments["tolerance"])
 
 
 class Wavelet(Reconstructor):
@@ -149,7 +149,7 @@ class Wavelet(Reconstructor):
             ),
         ] = 0.005,
     ) -> Reconstruction:  # fmt: skip
-        _check_weight(lam)
+        number = _number(lam)
         sparsity = regularisers.Wavelet(wavelet=self.arguments["wavelet"])
         generator = torch.Generator().manual_seed(self.arguments["seed"])
         b = A.H(y)
@@ -172,13 +172,14 @@ class Wavelet(Reconstructor):
                 earlier = earlier + status.value.detach()
 
         solution = solvers.fista(lambda x: A.gram(x) - b, prox, b, iterations=n, tolerance=0, callback=watch)
-        size = later.abs().square().sum((-2, -1)).sqrt()
-        drift = (later - earlier).abs().square().sum((-2, -1)).sqrt() / torch.where(
-            size > 0, size, torch.ones_like(size)
-        )
+        drift = _norm(later - earlier) / _norm(later).clamp(min=1e-30)
         arrived = solution.converged | ((drift <= self.arguments["tolerance"]) & (n >= 4))
         solution = replace(solution, residual=drift, converged=arrived)
-        return _reconstruction(solution, y, A, lam, self.arguments["tolerance"])
+        return _reconstruction(solution, y, A, number, self.arguments["tolerance"])
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.abs().square().sum((-2, -1)).sqrt()
 
 
 def _pair(shift: Tensor) -> tuple[int, int]:
@@ -195,9 +196,16 @@ def _checked(iterations: int, tolerance: float) -> dict[str, int | float]:
     return {"iterations": iterations, "tolerance": tolerance}
 
 
-def _check_weight(lam: float | Tensor) -> None:
-    if not 0 <= float(lam) < float("inf"):
-        raise errors.BadOption(f"found {float(lam):g}, expected a finite number ≥ 0", key="lam")
+def _number(lam: float | Tensor) -> float:
+    """The weight as a plain number, also where its derivative is wanted.
+
+    Raises:
+        BadOption: negative or not finite.
+    """
+    number = float(lam.detach()) if isinstance(lam, Tensor) else float(lam)
+    if not 0 <= number < float("inf"):
+        raise errors.BadOption(f"found {number:g}, expected a finite number ≥ 0", key="lam")
+    return number
 
 
 def _reconstruction(
@@ -209,6 +217,6 @@ def _reconstruction(
         image=x,
         status="converged" if bool(solution.converged.all()) else unfinished,
         stats={"iterations": solution.iterations, "change": worst},
-        dials={"lam": float(lam)},
+        dials={"lam": lam},
         residual=data_residual(x, y, A),
     )

@@ -83,6 +83,7 @@ class _Stage(nn.Module):
             if isinstance(module, Conv):
                 # torch's own initialisation loses half of the signal at every rectified layer.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
         # Start near plain gradient descent: the first images of training would otherwise be noise.
         nn.init.normal_(self.update.weight, std=1e-2)
