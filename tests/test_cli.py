@@ -61,7 +61,12 @@ def run(capfd, monkeypatch, tmp_path):
 
 def shell(*arguments: object, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tunemri", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, **more
+        [sys.executable, "-m", "tunemri", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **more,
     )
 
 
@@ -83,7 +88,9 @@ def scan(run, image):
 def tiny(tmp_path):
     """Weights of a small untrained hypernetwork."""
     torch.manual_seed(0)
-    model = HyperRecon(main={"name": "unrolled", "stages": 2, "width": 2}, widths=[4, 2], trained={"acceleration": [2, 8]})
+    model = HyperRecon(
+        main={"name": "unrolled", "stages": 2, "width": 2}, widths=[4, 2], trained={"acceleration": [2, 8]}
+    )
     path = tmp_path / "tiny.safetensors"
     methods.save(model, path)
     return path
@@ -179,7 +186,9 @@ def test_simulate_any_mask(run, image, mask):
 
 def test_simulate_rows_and_columns_differ(run, image):
     for axis in ("rows", "columns"):
-        done = run("simulate", image, "-o", f"{axis}.h5", "--mask", "cartesian-random", "--phase-axis", axis, "--coils", 1)
+        done = run(
+            "simulate", image, "-o", f"{axis}.h5", "--mask", "cartesian-random", "--phase-axis", axis, "--coils", 1
+        )
         assert done.code == 0, done.err
     import h5py
 
@@ -209,7 +218,12 @@ def test_simulate_with_a_mask_from_a_file(run, image):
 
 
 def test_simulate_a_slice(run, image):
-    assert run("simulate", image, "-o", "s.h5", "--mask", "random", "--slice", "1:2", "--json").json["shape"] == [1, 8, 48, 40]
+    assert run("simulate", image, "-o", "s.h5", "--mask", "random", "--slice", "1:2", "--json").json["shape"] == [
+        1,
+        8,
+        48,
+        40,
+    ]
     refused(run("simulate", image, "-o", "t.h5", "--mask", "random", "--slice", "7"), "bad_option", "slice")
 
 
@@ -235,7 +249,19 @@ def test_recon_with_every_method_in_the_units_of_the_image(run, scan, tiny, imag
     facts = result.json
     assert facts["metrics"]["psnr"] > 10
     sidecar = json.loads(Path("out.npy.json").read_text())
-    for key in ("command", "dials", "scale", "seed", "scan_sha256", "model_sha256", "tunemri", "seconds", "acceleration", "residual", "metrics"):
+    for key in (
+        "command",
+        "dials",
+        "scale",
+        "seed",
+        "scan_sha256",
+        "model_sha256",
+        "tunemri",
+        "seconds",
+        "acceleration",
+        "residual",
+        "metrics",
+    ):
         assert key in sidecar
     assert sidecar["acceleration"] == pytest.approx(3, rel=0.02)
 
@@ -423,7 +449,21 @@ def test_evaluate_and_its_gate(run, image, tiny):
     folder = Path("images")
     folder.mkdir()
     image.rename(folder / "image.npy")
-    common = ("evaluate", "-m", tiny, "-m", "wavelet", "--data", folder, "--masks", "poisson:3", "radial:3", "--tune", "--grid", 2)
+    common = (
+        "evaluate",
+        "-m",
+        tiny,
+        "-m",
+        "wavelet",
+        "--data",
+        folder,
+        "--masks",
+        "poisson:3",
+        "radial:3",
+        "--tune",
+        "--grid",
+        2,
+    )
     result = run(*common, "-o", "ev", "--json")
     assert result.code == 0, result.err
     # Two images, two masks; the trained model at two settings, the classical one at its best.
@@ -504,6 +544,11 @@ def test_demo_makes_a_whole_report(run):
 
 def test_output_into_a_closed_pipe_is_quiet(tmp_path):
     done = subprocess.run(
-        f"{sys.executable} -m tunemri methods | head -n 1", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        f"{sys.executable} -m tunemri methods | head -n 1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert "Traceback" not in done.stderr

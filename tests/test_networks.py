@@ -85,7 +85,7 @@ def test_an_unrolled_network_starts_as_gradient_descent():
     net, shape = Unrolled(stages=2, width=4), (15, 18)
     A = Cartesian(lines(shape))
     for stage in net.stages:
-        for p in stage.update.parameters():
+        for p in stage.last.parameters():
             nn.init.zeros_(p)
     x0 = A.H(random((1, 1, *shape)))
     x = x0
@@ -144,7 +144,7 @@ def test_a_residual_hypernetwork_starts_at_the_main_network():
     for name, p in net.named_parameters():
         distance = (corners[name] - p).flatten(1).norm(dim=1)
         assert bool((distance <= 0.5 * p.std(correction=0).clamp(min=1e-3) * p.numel() ** 0.5 + 1e-6).all()), name
-    assert not torch.equal(corners["last.weight"][0], corners["last.weight"][2])
+    assert not torch.equal(corners["trunk.last.weight"][0], corners["trunk.last.weight"][2])
 
 
 def test_normalisation_layers_are_shared_not_generated():

@@ -131,7 +131,10 @@ def test_iterations_are_the_applications_that_were_paid_for():
         assert len(calls) <= n
         assert a.iterations == n
         calls.clear()
-        assert fista(counted, lambda v, t: soft(v, t), b, iterations=n, tolerance=0.0).iterations == n
+        assert (
+            fista(lambda x: counted(x) - b, lambda v, t: soft(v, 0.1 * t), b, iterations=n, tolerance=0.0).iterations
+            == n
+        )
         assert len(calls) == n
         calls.clear()
         assert cg(counted, b, iterations=min(n, 5), tolerance=0.0).iterations == len(calls) == min(n, 5)

@@ -36,6 +36,7 @@ from .methods.hyperrecon import SingleWeight
 
 __all__ = ["Interrupted", "Plan", "fit", "match_scales", "read_recipe", "train"]
 
+_STATES = ("state.safetensors", "state.previous.safetensors")  # the newest, and the one before it
 _SECTIONS = ("method", "arguments", "scales", "data", "training")
 
 
@@ -130,7 +131,7 @@ def fit(
         start, seconds = 0, 0.0
         if resume:
             start, seconds = _restore(folder, model, optimiser, parameters, average, identity)
-        elif (folder / "state.safetensors").exists():
+        elif any((folder / name).exists() for name in _STATES):
             raise errors.BadOption(
                 "this folder already holds a run", file=folder, help="--resume to go on with it, or name another"
             )
@@ -287,18 +288,23 @@ def train(
     model = make(recipe["method"], arguments)
     fit(model, sampler, plan, folder, resume=resume, recipe=recipe, report=report)
     if _distributed()[0] == 0:
-        made = {
-            "data": recipe["data"],
-            "training": recipe["training"],
-            "images": {k: len(v) for k, v in images.items()},
-        }
-        save(
-            model,
-            folder / "model.safetensors",
-            made | {"commit": _commit(), "torch": torch.__version__},
-            overwrite=True,
-        )
+        save(model, folder / "model.safetensors", provenance(recipe, images), overwrite=True)
+    if dist.is_initialized():
+        # Leave together: a process that ends early takes the others' connections with it.
+        dist.barrier()
+        dist.destroy_process_group()
     return model
+
+
+def provenance(recipe: Mapping[str, Any], images: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """What made a model, for the header of its weights file; where the data lay is nobody's business."""
+    return {
+        "data": {key: value for key, value in recipe["data"].items() if key != "folder"},
+        "training": recipe["training"],
+        "images": {name: len(planes) for name, planes in images.items()},
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
 
 
 def _commit() -> str:
@@ -340,7 +346,7 @@ def match_scales(
             batches,
             plan,
             Path(folder) / f"scale-{k}",
-            resume=(Path(folder) / f"scale-{k}/state.safetensors").exists(),
+            resume=True,
         )
         generator = torch.Generator().manual_seed(plan.seed)
         values = [float(network.loss(batches(plan.steps + n, 0), generator).detach()) for n in range(examples)]
@@ -398,9 +404,9 @@ def _save(
             tensors[f"adam.{key}.{name}"] = torch.as_tensor(value)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"step": str(step), "seconds": repr(seconds), "identity": identity}
-    newest = folder / "state.safetensors"
+    newest = folder / _STATES[0]
     if newest.exists():
-        os.replace(newest, folder / "state.previous.safetensors")
+        os.replace(newest, folder / _STATES[1])
     with files.write_atomically(newest, overwrite=True) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))  # save_file would let only its owner read it
 
@@ -409,7 +415,7 @@ def _restore(
     folder: Path, model: Reconstructor, optimiser: torch.optim.Adam, parameters: dict[str, Tensor],
     average: dict[str, Tensor], identity: str,
 ) -> tuple[int, float]:  # fmt: skip
-    for name in ("state.safetensors", "state.previous.safetensors"):
+    for name in _STATES:
         path = folder / name
         if not path.exists():
             continue

@@ -163,7 +163,7 @@ class Reconstructor(nn.Module, abc.ABC):
         }
 
     def outside(self, scan: Scan) -> list[str]:
-        """Sentences that say in which respects `scan` lies outside what these weights were trained for."""
+        """Sentences that say in which respects a prepared `scan` lies outside what these weights were trained for."""
         said = []
         mask, (h, w) = scan.mask, scan.image_shape
         if "acceleration" in self.trained:
@@ -180,6 +180,11 @@ class Reconstructor(nn.Module, abc.ABC):
             lo, hi = self.trained["size"]
             if min(h, w) < lo or max(h, w) > hi:
                 said.append(f"matrix {h}×{w}, trained for {lo:g} to {hi:g}")
+        if "noise" in self.trained and scan.noise_std is not None and scan.noise_std > 2 * self.trained["noise"][1]:
+            # Twice: training counts noise over the image maximum, which is up to twice the scale of a scan.
+            said.append(
+                f"noise {scan.noise_std:.3f} of the signal, trained for at most {2 * self.trained['noise'][1]:.3f}"
+            )
         if "coils" in self.trained and scan.coils > self.trained["coils"]:
             said.append(f"{scan.coils} coils, trained for at most {self.trained['coils']:g}")
         return said
@@ -243,9 +248,9 @@ def reconstruct(
     given = {name: checked[name] for name in dials}
     if not bool(scan.kspace.any()):
         raise errors.NoData("every sample is zero", key="kspace", help="is this the right dataset of the file?")
-    for sentence in model.outside(scan):
-        errors.warn(f"outside what the model was trained for: {sentence}", "wrong_model")
     ready = prepare(scan, csm=csm)
+    for sentence in model.outside(ready):
+        errors.warn(f"outside what the model was trained for: {sentence}", "wrong_model")
     assert ready.scale is not None and scan.scale is not None
     factor = ready.scale / scan.scale
     model.eval()

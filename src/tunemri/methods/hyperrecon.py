@@ -1,6 +1,6 @@
 """HyperRecon: one network answers for every weighting of its training losses.
 
-    θ*(w) = argmin_θ E Σ_k (w_k / s_k) L_k(f_θ(y, A), x),    θ = h_φ(w),    trained over all w on the simplex
+    min_φ  E_{w, x, y, A}  log Σ_k (w_k / s_k) L_k(f_θ(y, A), x),    θ = h_φ(w),    w on the simplex
 
 The hypernetwork h_φ turns the weights w into the parameters of a main network f; the dials are the user's hold on w.
 A network trained for one w alone (`SingleWeight`) is the baseline, and what `bake` returns.
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "journal-l": {"main": _JOURNAL_UNET, "widths": [128] * 4, "residual": False},
     "conference": {"main": {"name": "unet", "width": 64}, "widths": [8, 32], "residual": False},
     "unet": {"main": {"name": "unet", "width": 32}, "widths": [32, 32, 8], "residual": True},
-    "default": {"main": {"name": "unrolled", "stages": 8, "width": 16}, "widths": [32, 32, 3], "residual": True},
+    "default": {"main": {"name": "unrolled", "stages": 6, "width": 16}, "widths": [32, 32, 6], "residual": True},
 }
 
 
