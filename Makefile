@@ -50,6 +50,7 @@ format: $(STAMP) ## put the code into the form that check asks for
 
 bench: $(STAMP) ## classical solvers against BART, one thread each
 	$(ONE) $(BIN)/python benchmarks/classical.py
+	$(ONE) $(BIN)/python benchmarks/bake.py
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -147,7 +147,11 @@ def info(
         elif isinstance(value, dict):
             for key, inner in value.items():
                 print(f"{name:>14}  {console.one_line(f'{key}: {json.dumps(console.plain(inner))}')}")
-        elif value is not None:
+        elif name == "arrays":
+            for row in value:
+                shape = "×".join(map(str, row["shape"])) or "one"
+                print(f"{name:>14}  {console.one_line(row['name'])}: {shape} {row['dtype']}")
+        elif value not in (None, []):
             print(f"{name:>14}  {console.one_line(str(value))}")
 
 

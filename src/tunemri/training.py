@@ -31,13 +31,13 @@ from torch import Tensor
 
 from . import errors, files
 from .datasets import Example, Sampler, load_images
-from .methods import Reconstructor, make, save
-from .methods.hyperrecon import SingleWeight
+from .methods import Reconstructor, load, make, save
+from .methods.hyperrecon import HyperRecon, SingleWeight
 
 __all__ = ["Interrupted", "Plan", "fit", "match_scales", "read_recipe", "train"]
 
 _STATES = ("state.safetensors", "state.previous.safetensors")  # the newest, and the one before it
-_SECTIONS = ("method", "arguments", "scales", "data", "training")
+_SECTIONS = ("method", "start", "arguments", "scales", "data", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def fit(
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """A TOML recipe of `method`, `arguments`, `scales`, `data`, `training`, with `section.key=value` changes applied.
+    """A TOML recipe of `method`, `start`, `arguments`, `scales`, `data`, `training`, with `section.key=value` changes applied.
 
     Raises:
         UnreadableFile: not TOML. BadOption: an unknown section or key, or a change that is not `key=value`.
@@ -286,6 +286,8 @@ def train(
     del probe
     torch.manual_seed(plan.seed)
     model = make(recipe["method"], arguments)
+    if (start := recipe.get("start")) is not None:
+        _start(model, load(start))
     fit(model, sampler, plan, folder, resume=resume, recipe=recipe, report=report)
     if _distributed()[0] == 0:
         save(model, folder / "model.safetensors", provenance(recipe, images), overwrite=True)
@@ -296,11 +298,19 @@ def train(
     return model
 
 
+def _start(model: Reconstructor, trained: Reconstructor) -> None:
+    """Begin at the weights of a network trained without a dial."""
+    if not isinstance(model, HyperRecon) or not isinstance(trained, SingleWeight):
+        raise errors.BadOption("only a hyperrecon can start, and only from a single-weight network", key="start")
+    model.hypernet.start_from(dict(trained.main.named_parameters()))
+
+
 def provenance(recipe: Mapping[str, Any], images: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
     """What made a model, for the header of its weights file; where the data lay is nobody's business."""
     return {
         "data": {key: value for key, value in recipe["data"].items() if key != "folder"},
         "training": recipe["training"],
+        "start": recipe.get("start"),
         "images": {name: len(planes) for name, planes in images.items()},
         "commit": _commit(),
         "torch": torch.__version__,

@@ -38,12 +38,14 @@ class HyperNetwork(nn.Module):
 
     With `residual`, b starts as the main network's own initialisation θ₀ and W small, so that training begins
     at a sound network and learns how it depends on v; each setting enters as (cos πv/2, sin πv/2), whose norm
-    does not depend on v. Without, everything is initialised as in the journal paper's code.
+    does not depend on v, and e is normalised to a fixed size: rectified units, as in the papers, died within a few
+    hundred steps at our learning rates and took the dial's whole effect with them. Without `residual`, everything is
+    as in the journal paper's code.
 
     Arguments:
         main: the network whose parameters are generated; only their names and shapes (and θ₀) are used.
         inputs: K, the number of settings.
-        widths: sizes of the hidden layers, each followed by LeakyReLU(0.01).
+        widths: sizes of the layers of e; the last is the dimension of the curve (or surface) of weights.
         residual: see above.
     """
 
@@ -59,7 +61,9 @@ class HyperNetwork(nn.Module):
         sizes = [2 * inputs if residual else inputs, *widths]
         layers: list[nn.Module] = []
         for before, after in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(before, after), nn.LeakyReLU(0.01)]
+            layers += [nn.Linear(before, after), nn.SiLU() if residual else nn.LeakyReLU(0.01)]
+        if residual:
+            layers[-1] = nn.LayerNorm(sizes[-1], elementwise_affine=False)
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(sizes[-1], sum(shape.numel() for shape in self.shapes.values()))
         if residual:
@@ -68,7 +72,26 @@ class HyperNetwork(nn.Module):
                 self.head.bias.copy_(torch.cat(theta0))
                 # A tenth of each tensor's own spread, shared between the entries of e.
                 spread = torch.cat([t.std(correction=0).clamp(min=1e-3).expand_as(t) for t in theta0])
-                self.head.weight.normal_().mul_(0.1 * spread[:, None] / math.sqrt(sizes[-1]))
+                self.head.weight.normal_().mul_(0.1 * spread[:, None] * math.sqrt(sizes[-1]))
+                for layer in layers:
+                    if isinstance(layer, nn.Linear):
+                        nn.init.kaiming_normal_(layer.weight)
+                        nn.init.zeros_(layer.bias)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin at trained weights of the main network, and at a hundredth of their spread around them.
+
+        Raises:
+            WrongModel: names or shapes differ; or this is not the residual form.
+        """
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if not self.residual or found != {name: tuple(shape) for name, shape in self.shapes.items()}:
+            raise errors.WrongModel("these weights are not those of the main network of a residual hypernetwork", key="start")
+        with torch.no_grad():
+            theta0 = [weights[name].flatten() for name in self.shapes]
+            self.head.bias.copy_(torch.cat(theta0))
+            spread = torch.cat([t.std(correction=0).clamp(min=1e-3).expand_as(t) for t in theta0])
+            self.head.weight.normal_().mul_(0.01 * spread[:, None] * math.sqrt(self.head.in_features))
 
     def forward(self, settings: Tensor) -> dict[str, Tensor]:
         """Settings `(B, K)` in [0, 1] → parameter name → `(B, *shape)`."""
@@ -77,7 +100,11 @@ class HyperNetwork(nn.Module):
             settings = torch.cat((angle.cos(), angle.sin()), -1)
         # Weights keep full precision where training runs the convolutions in half.
         with torch.autocast(settings.device.type, enabled=False):
-            flat = self.head(self.body(settings))
+            embedding = self.body(settings)
+            if self.residual:
+                # Σ|e_k| ≈ 1: one step of Adam then moves θ through W about as far as through b, whatever the width of e.
+                embedding = embedding / embedding.shape[1]
+            flat = self.head(embedding)
         pieces = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
         return {
             name: piece.reshape(-1, *shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
