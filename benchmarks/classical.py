@@ -39,7 +39,7 @@ from tunemri.scan import Scan, normalise
 from tunemri.simulate import coil_maps, sample, simulate
 
 ITERATIONS = (30, 100)
-GRID = np.geomspace(1e-5, 0.1, 13)
+GRID = np.geomspace(1e-4, 0.1, 13)
 METHODS = {"wavelet": Wavelet, "tv": TotalVariation, "sense": Sense}
 BART_OPTIONS = {
     "wavelet": lambda lam: ["-R", f"W:3:0:{lam:.6g}"],

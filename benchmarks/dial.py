@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from tunemri import console, evaluation, methods, plots, scoring, training
-from tunemri.cli import _mask as make_mask
 from tunemri.datasets import Sampler, load_images
 from tunemri.evaluation import Case, Contestant
 
@@ -53,7 +52,7 @@ def main() -> None:
 
     where = scoring.Plan(folder=options.data / "val", limit=options.limit, masks=("poisson:4,8",), noise=0.005)
     images = load_images(where.folder, recipe["data"]["sources"])
-    cases: list[Case] = list(scoring.cases(where, images, make_mask))
+    cases: list[Case] = list(scoring.cases(where, images))
     names = ("psnr", "ssim", "mae")
     ours = evaluation.evaluate(
         [Contestant(name="hyper", model=hyper, dials={"ssim": v}) for v in SETTINGS], cases, metrics=names
@@ -92,7 +91,7 @@ def main() -> None:
 def fitted(
     method: str, arguments: dict[str, Any], sampler: Sampler, plan: training.Plan, folder: Path
 ) -> tuple[Any, float]:
-    """A trained network and the processor seconds that its training took (kept beside it, resumed runs added up)."""
+    """A trained network and the processor seconds that its training took (kept beside it; of a run that was not interrupted)."""
     torch.manual_seed(plan.seed)
     model = methods.make(method, arguments)
     record, before = folder / "seconds.txt", time.process_time()

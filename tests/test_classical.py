@@ -43,7 +43,7 @@ def test_sense_solves_the_normal_equations():
 def test_tv_reaches_the_optimum_for_every_weight():
     """Denoising has an oracle that shares no line with ADMM: the proximal map by the dual."""
     v = phantom((24, 20))[None].to(torch.complex64) + 0.1 * random((1, 24, 20))
-    for lam in (1e-3, 0.01, 0.1, 1.0):
+    for lam in (1e-4, 1e-3, 0.01, 0.1):  # the range of the dial
         x = TotalVariation(iterations=400, tolerance=1e-6)(v, Identity(), lam=lam).image
         assert relative(x, TV(iterations=1500).prox(v, lam)) < 5e-3, lam
 

@@ -141,7 +141,7 @@ def test_no_arguments_is_a_usage_error(run):
     [
         (("recno", "x.h5"), "recon"),
         (("recon", "x.h5", "--st", "lam=1", "-m", "tv", "-o", "y.npy"), "--set"),
-        (("recon", "--json"), "SCAN"),
+        (("recon", "-m", "tv", "-o", "y.npy"), "SCAN"),
         (("masks", "poison"), "poisson"),
         (("methods", "tvv"), "tv"),
         (("models", "nobody"), "nobody"),

@@ -33,6 +33,7 @@ def build(name) -> Reconstructor:
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
+@pytest.mark.filterwarnings("ignore:the image misses the measured data")  # untrained weights do
 @every_method
 class TestEveryMethod:
     @pytest.mark.parametrize("coils", [1, 8])

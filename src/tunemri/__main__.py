@@ -1,6 +1,8 @@
 """`python -m tunemri` is `tunemri`."""
 
-from .cli import main
-
 if __name__ == "__main__":
+    try:
+        from .cli import main
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     main()

@@ -51,7 +51,7 @@ Slices = Annotated[str | None, Option("--slice", metavar="K or START:STOP", help
 Csm = Annotated[str, Option("--csm", help="coil maps, where the scan has none: low-resolution, walsh, or a file")]
 ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]
 Extrapolate = Annotated[bool, Option("--extrapolate", help="allow dials outside their range")]
-Seed = Annotated[int, Option("--seed", min=0, help="of everything random")]
+Seed = Annotated[int, Option("--seed", min=0, max=2**62, help="of everything random")]
 
 
 # ---------------------------------------------------------------- start
@@ -73,9 +73,9 @@ def demo(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check the install and the device with one tiny reconstruction; say what is missing and how to get it."""
-    import importlib.util
     import os
     import platform
+    import shutil
     import time
 
     import torch
@@ -98,23 +98,19 @@ def doctor(as_json: AsJson = False) -> None:
         "cores": os.cpu_count(),
         "tiny_reconstruction": {"seconds": round(seconds, 3), "nrmse": round(error, 4)},
         "models": sorted(methods.bundled()),
-        "missing": {
-            name: f"pip install {name}: {why}"
-            for name, why in {"skimage": "metrics oracle in the tests"}.items()
-            if importlib.util.find_spec(name) is None
-        },
+        "missing": [] if shutil.which("bart") else ["bart, which benchmarks compare with: apt-get install bart"],
     }
+    if not facts["ok"]:
+        raise errors.Internal(f"the tiny reconstruction has NRMSE {error:.3f}, expected below 0.3")
     if as_json:
         print(json.dumps(facts))
         return
     print(f"tunemri {__version__}, Python {facts['python']}, torch {torch.__version__}")
     print(f"device {facts['device']}, {facts['threads']} threads on {facts['cores']} cores")
     print(f"models: {', '.join(facts['models']) or 'none bundled'}")
-    print(
-        f"tiny reconstruction: {seconds:.2f} s, NRMSE {error:.3f}: {'fine' if facts['ok'] else 'WRONG, please report it'}"
-    )
-    if not facts["ok"]:
-        raise errors.Internal(f"the tiny reconstruction has NRMSE {error:.3f}, expected below 0.3")
+    for line in facts["missing"]:
+        print(f"missing: {line}")
+    print(f"tiny reconstruction: {seconds:.2f} s, NRMSE {error:.3f}: fine")
 
 
 @app.command()
@@ -177,39 +173,45 @@ def simulate(
 ) -> None:
     """Make an undersampled multi-coil scan from an image; it is marked as simulated."""
     from . import formats
+    from .datasets import sampling_mask
     from .simulate import simulate as simulated
 
-    _not_the_input(output, image)
+    _check_output(output, image, overwrite)
+    if output.suffix not in (".h5", ".hdf5"):
+        raise errors.BadOption("a simulated scan goes into .h5, with mask and truth", file=output, key="output")
     picture = formats.read_image(image, slices=_slices(slices), prefer="reference")
     shape = (picture.data.shape[-2], picture.data.shape[-1])
     options = {"phase_axis": phase_axis, "center_fraction": center_fraction}
-    pattern = _mask(mask, shape, acceleration, seed, {k: v for k, v in options.items() if v is not None})
+    pattern = sampling_mask(mask, shape, acceleration, seed, {k: v for k, v in options.items() if v is not None})
     scan, target = simulated(
         picture.data, mask=pattern, coils=coils, noise=noise, seed=seed, geometry=picture.geometry, mask_name=mask
     )
     notes = formats.write(output, scan, reference=target, overwrite=overwrite)
     facts = {
         "ok": True, "out": str(output), "image": str(image), "image_sha256": files.sha256(image), "mask": mask,
-        "nominal_acceleration": acceleration, "acceleration": scan.acceleration, "coils": coils, "noise": noise,
+        "nominal_acceleration": None if Path(mask).exists() else acceleration,
+        "acceleration": scan.acceleration, "coils": coils, "noise": noise,
         "noise_std": scan.noise_std, "seed": seed, "shape": list(scan.kspace.shape), "provenance": scan.provenance, **notes,
     }  # fmt: skip
     console.sidecar(output, facts, overwrite=overwrite)
     _result(
         facts,
         as_json,
-        f"{output}  {len(scan)} slices  {coils} coils  acceleration {scan.acceleration:.2f} (asked {acceleration:g})",
+        f"{output}  {len(scan)} slices  {coils} coils  measured acceleration {scan.acceleration:.2f}",
     )
 
 
 @app.command()
 def recon(
-    scans: Annotated[list[Path], Argument(metavar="SCAN...", help="any readable k-space files")],
     output: Annotated[
         Path,
         Option(
             "-o", "--output", metavar="OUT", help="a file (its suffix picks the format), or a folder for several scans"
         ),
     ],
+    scans: Annotated[
+        list[Path] | None, Argument(metavar="SCAN...", help="any readable k-space files; with --from, its own")
+    ] = None,
     model: Annotated[
         str | None,
         Option("-m", "--model", metavar="MODEL", help="bundled name, .safetensors file, or method[:dial=value]"),
@@ -231,14 +233,22 @@ def recon(
     import torch
 
     _device(device)
-    torch.manual_seed(seed)
     earlier: dict[str, Any] = _read_sidecar(source) if source else {}
+    if not scans and "scan" in earlier:
+        scans = [Path(earlier["scan"])]
+    if not scans:
+        raise errors.BadOption("no scan named", key="SCAN", help="tunemri recon SCAN -m MODEL -o OUT")
     if model is None:
         model = earlier.get("model")
     if model is None:
         raise errors.BadOption(
             "no model named", key="model", help="-m hyper-brain, -m tv, … (see `tunemri models`, `tunemri methods`)"
         )
+    if source and model != earlier["model"]:
+        earlier["dials"] = {}  # they belong to another model
+    if source:
+        seed, extrapolate = earlier.get("seed", seed), extrapolate or bool(earlier.get("extrapolate"))
+    torch.manual_seed(seed)
     if source and slices is None:
         slices = earlier.get("slice")
     if source and csm == "low-resolution":
@@ -246,12 +256,17 @@ def recon(
     chosen = _contestant(model, earlier.get("dials", {}), settings or [], extrapolate)
     chosen.model.to(device)
     many = len(scans) > 1 or output.is_dir()
+    if many and not output.is_dir() and output.suffix:
+        raise errors.BadOption(f"{len(scans)} scans and one file", file=output, help="name a folder, without suffix")
+    if many and not overwrite and (output / "summary.json").exists():
+        raise errors.BadOption("exists already", file=output / "summary.json", help="another folder, or --overwrite")
     jobs = [(scan, output / f"{_stem(scan)}.h5" if many else output) for scan in scans]
     targets = [target for _, target in jobs]
     if len(set(targets)) < len(targets):
         raise errors.BadOption(
             "two scans have the same file name", file=output, help="reconstruct them into different folders"
         )
+    made = many and not output.exists()
     if many:
         files.make_folder(output)
     done: list[dict[str, Any]] = []
@@ -260,7 +275,7 @@ def recon(
         for number, (scan, target) in enumerate(jobs, 1):
             try:
                 facts = _recon_one(
-                    scan, target, chosen, csm=csm, reference=reference, slices=slices, seed=seed,
+                    scan, target, chosen, earlier, csm=csm, reference=reference, slices=slices, seed=seed,
                     extrapolate=extrapolate, device=device, overwrite=overwrite,
                 )  # fmt: skip
                 done.append(facts)
@@ -271,6 +286,11 @@ def recon(
                 console.say(console.error_line(known))
                 refused.append({"scan": str(scan), **console.describe(known)})
             bar(number, len(jobs))
+    if many and not done:
+        # Nothing came of it: leave nothing behind.
+        if made:
+            output.rmdir()
+        raise typer.Exit(2)
     if many:
         summary = {"ok": not refused, "done": done, "refused": refused}
         with files.write_atomically(output / "summary.json", overwrite=True) as temporary:
@@ -281,7 +301,7 @@ def recon(
             f"{output}  {len(done)} of {len(jobs)} scans done" + (f", {len(refused)} refused" if refused else ""),
         )
         if refused:
-            raise typer.Exit(1 if done else 2)
+            raise typer.Exit(1)
     else:
         facts = done[0]
         _result(facts, as_json, _recon_line(facts))
@@ -364,6 +384,9 @@ def compare(
         raise errors.BadOption(
             f"found suffix {output.suffix!r}, expected .png, .pdf or .svg", file=output, key="output"
         )
+    _check_output(output, scan, overwrite)
+    if len(set(model)) < len(model):
+        raise errors.BadOption("the same method twice", key="model", help="give each its own setting: tv:lam=0.01")
     contestants = [_contestant(text, {}, [], False) for text in model]
     data, truth = _load(scan, slices, csm, reference)
     case = evaluation.Case(name=scan.name, scan=data, reference=truth)
@@ -371,7 +394,7 @@ def compare(
         rows = evaluation.evaluate(contestants, [case], metrics=names, keep_images=True, progress=bar)
     middle = len(data) // 2
     panels = [
-        plots.Panel(title=c.name, image=row.image[middle], metrics=row.metrics)
+        plots.Panel(title=c.name, image=_like(row.image[middle], truth), metrics=row.metrics)
         for c, row in zip(contestants, rows, strict=True)
         if row.image is not None
     ]
@@ -473,9 +496,7 @@ def evaluate(
         seed=seed, masks=tuple(masks or ["poisson:4"]),
     )  # fmt: skip
     with console.progress("evaluate") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
-        rows, text = scoring.run(
-            contestants, plan, folder, metrics=names, tune=tune, grid=grid, mask=_mask, progress=bar
-        )
+        rows, text = scoring.run(contestants, plan, folder, metrics=names, tune=tune, grid=grid, progress=bar)
         means = scoring.means(rows, contestants[0].name, names)
         failed = scoring.below(means, {name: _number(value, name) for name, value in gates.items()})
         facts = {
@@ -533,38 +554,34 @@ def masks(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_jso
 
 
 def _recon_one(
-    scan: Path, target: Path, chosen: Contestant, *, csm: str, reference: Path | None, slices: str | None,
+    scan: Path, target: Path, chosen: Contestant, earlier: dict[str, Any], *, csm: str, reference: Path | None, slices: str | None,
     seed: int, extrapolate: bool, device: str, overwrite: bool,
 ) -> dict[str, Any]:  # fmt: skip
     import time
 
-    from . import formats, metrics
+    from . import formats
     from .fourier import crop
     from .methods import reconstruct
 
-    _not_the_input(target, scan)
+    _check_output(target, scan, overwrite)
     formats.check_writable(target, overwrite=overwrite)
-    if not overwrite and console.sidecar_path(target).exists():
-        raise errors.BadOption(
-            "exists already", file=console.sidecar_path(target), help="choose another name or give --overwrite"
-        )
+    for what, digest in (("scan", files.sha256(files.check(scan))), ("model", _model_hash(chosen.name))):
+        if earlier.get(f"{what}_sha256", digest) != digest:
+            errors.warn(f"the {what} is not the one of the sidecar: the image will differ", "note")
     data, truth = _load(scan, slices, csm, reference)
     start = time.perf_counter()
     out: Reconstruction = reconstruct(data.to(device), chosen.model, extrapolate=extrapolate, **chosen.dials)
     image = out.image.cpu()
     seconds = time.perf_counter() - start
-    scores = (
-        {}
-        if truth is None
-        else metrics.score(crop(image, truth.shape[-2:]), truth, ("psnr", "ssim", "nmse", "mae", "hfen"))
-    )
+    scores = {} if truth is None else _scores(crop(image, truth.shape[-2:]), truth)
     if out.status != "converged":
         errors.warn(f"{scan}: not converged: {out.status}")
     notes = formats.write(target, dataclasses.replace(out, image=image), geometry=data.geometry, overwrite=overwrite)
     facts = {
         "ok": True, "out": str(target), "out_sha256": files.sha256(target), "scan": str(scan), "scan_sha256": files.sha256(scan),
         "model": chosen.name, "model_sha256": _model_hash(chosen.name), "dials": dict(out.dials), "csm": csm, "slice": slices,
-        "seed": seed, "device": device, "shape": list(image.shape), "coils": data.coils, "provenance": data.provenance,
+        "seed": seed, "extrapolate": extrapolate, "device": device, "shape": list(image.shape),
+        "coils": data.coils, "provenance": data.provenance,
         "acceleration": data.acceleration, "scale": out.stats.get("scale"),
         "residual": None if out.residual is None else float(out.residual.mean()),
         "status": out.status, "metrics": scores, "seconds": seconds, **notes,
@@ -573,11 +590,30 @@ def _recon_one(
     return facts
 
 
+def _scores(image: Tensor, truth: Tensor) -> dict[str, float]:
+    """The metrics that can be had; SSIM needs a few pixels."""
+    from .metrics import score
+
+    found: dict[str, float] = {}
+    for name in ("psnr", "ssim", "nmse", "mae", "hfen"):
+        try:
+            found |= score(image, truth, [name])
+        except errors.UnsupportedLayout as error:
+            errors.warn(f"no {name}: {error.what}")
+    return found
+
+
 def _recon_line(facts: dict[str, Any]) -> str:
     parts = [facts["out"], _words(facts["dials"]), f"acceleration={facts['acceleration']:.2f}"]
     parts += [f"residual={facts['residual']:.2%}"] if facts["residual"] is not None else []
     parts += [f"{name}={facts['metrics'][name]:.4g}" for name in ("psnr", "ssim") if name in facts["metrics"]]
     return "  ".join(p for p in [*parts, f"{facts['seconds']:.2f} s"] if p)
+
+
+def _like(image: Tensor, truth: Tensor | None) -> Tensor:
+    from .fourier import crop
+
+    return image if truth is None else crop(image, truth.shape[-2:])
 
 
 def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> tuple[Scan, Tensor | None]:
@@ -591,9 +627,12 @@ def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> t
         if csm in coils.MAPS:
             # Estimated here, once, for all that is done with this scan.
             scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
+        elif csm in ("espirit", "joint"):
+            raise errors.BadOption(f"{csm} is not available yet", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
         elif Path(csm).exists():
-            maps = formats.read_image(Path(csm)).data
-            scan = dataclasses.replace(scan, csm=maps.to(scan.kspace.dtype)[None])
+            maps = formats.read_maps(Path(csm))
+            maps = maps[cut] if cut is not None and len(maps) > len(scan) else maps
+            scan = dataclasses.replace(scan, csm=maps.to(scan.kspace.dtype))
         else:
             raise errors.BadOption(f"found {csm!r}, no such file", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
     truth = (
@@ -626,7 +665,8 @@ def _contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapo
     if "=" in text.rpartition(":")[2] and ":" in text and not Path(text).exists():
         name, _, tail = text.rpartition(":")
         dials = dict(_pair(part, "model") for part in tail.split(","))
-    dials = {**earlier, **dials, **dict(_pair(part, "set") for part in settings)}
+    # A sidecar's dials are what was used in the end, after whatever its model's text says.
+    dials = {**dials, **earlier, **dict(_pair(part, "set") for part in settings)}
     model = load(name)
     checked = model.check_dials(dials, extrapolate=extrapolate)
     return Contestant(name=text, model=model, dials={key: checked[key] for key in dials})
@@ -692,17 +732,6 @@ def _slice_through(rows: Any, dial: str) -> Any:
     return [row for row in rows if all(row.dials[name] == value for name, value in middle.items())]
 
 
-def _mask(name: str, shape: tuple[int, int], acceleration: float, seed: int, options: dict[str, Any]) -> Tensor:
-    """A mask by family, or from a file of zeros and ones."""
-    from . import formats, masks
-
-    if name in masks.MASKS or not Path(name).exists():
-        return masks.make_mask(name, shape, acceleration, seed=seed, **options)
-    if options:
-        raise errors.BadOption("a mask from a file takes no options", key=next(iter(options)))
-    return formats.read_mask(Path(name), shape)
-
-
 def _metrics(text: str, *more: str) -> tuple[str, ...]:
     from .metrics import known
 
@@ -732,9 +761,12 @@ def _device(name: str) -> None:
         raise errors.BadOption("no CUDA device here", key="device", help="--device cpu", exit_code=3)
 
 
-def _not_the_input(output: Path, source: Path) -> None:
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Refuse an output that could not be written, before any work."""
     if files.same_file(output, source):
         raise errors.BadOption("output and input are the same file", file=output, help="name another output")
+    for path in (output, console.sidecar_path(output)):
+        files.check_target(path, overwrite=overwrite)
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _LONGEST = 300
+_SHOWN: set[str] = set()  # warnings of this command: each is said once
 
 
 class Terminated(BaseException):
@@ -77,14 +78,19 @@ def say(text: str) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
     # What libraries warn of is for developers; what tunemri warns of is for the user.
-    if isinstance(message, errors.TunemriWarning):
-        say(one_line(f"warning[{message.word}]: {message}"))
+    if (
+        isinstance(message, errors.TunemriWarning)
+        and (line := one_line(f"warning[{message.word}]: {message}")) not in _SHOWN
+    ):
+        _SHOWN.add(line)
+        say(line)
 
 
 def listen() -> None:
     """Show tunemri's warnings, each once, as one line; make SIGTERM end the program by the ordinary way out."""
     warnings.showwarning = _show_warning
-    warnings.simplefilter("once", errors.TunemriWarning)
+    warnings.simplefilter("always", errors.TunemriWarning)
+    _SHOWN.clear()
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise Terminated(128 + signum)

@@ -6,9 +6,10 @@ k-space made here from images is simulated, and whatever was trained or scored o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,23 @@ from .operators import LinearOperator, encoding
 from .scan import Scan, normalise
 from .simulate import coil_maps
 
-__all__ = ["SOURCES", "Example", "Sampler", "load_images"]
+__all__ = ["SOURCES", "Example", "Sampler", "load_images", "sampling_mask"]
 
-_SUFFIXES = (".h5", ".nii", ".nii.gz", ".npy", ".npz", ".mat", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".cfl")
+_SUFFIXES = (
+    ".h5",
+    ".hdf5",
+    ".nii",
+    ".nii.gz",
+    ".npy",
+    ".npz",
+    ".mat",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".cfl",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +86,7 @@ def load_images(folder: str | Path, sources: Sequence[str] = ()) -> dict[str, li
 
     Arguments:
         folder: a split of the shared data (`…/train`, `…/val`) with `sources`, or any folder of readable
-            images or scans with a reference; then every file is a source of its own.
+            images or scans with a reference, which is then one source.
         sources: names in SOURCES.
 
     Raises:
@@ -89,12 +104,27 @@ def load_images(folder: str | Path, sources: Sequence[str] = ()) -> dict[str, li
     if not sources:
         if not folder.is_dir():
             raise errors.UnreadableFile("not a folder", file=folder, key="data.folder")
-        for path in sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES)):
-            found[path.name] = list(formats.read_image(path, prefer="reference").data)
+        paths = sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES))
+        found[folder.name] = [x for path in paths for x in formats.read_image(path, prefer="reference").data]
     images = {name: [scaled for p in planes if (scaled := _scaled(p)) is not None] for name, planes in found.items()}
     if not any(images.values()):
         raise errors.NoData("no image found", file=folder, key="data", help=f"readable: {' '.join(_SUFFIXES)}")
     return images
+
+
+def sampling_mask(
+    name: str, shape: tuple[int, int], acceleration: float, seed: int, options: Mapping[str, Any] | None = None
+) -> Tensor:
+    """A mask `(H, W)` by the name of its family, or from a file of zeros and ones.
+
+    Raises:
+        BadOption: no such family, or options for a file; what `make_mask` and `read_mask` raise.
+    """
+    if name in patterns.MASKS or not Path(name).exists():
+        return patterns.make_mask(name, shape, acceleration, seed=seed, **(options or {}))
+    if options:
+        raise errors.BadOption("a mask from a file takes no options", key=next(iter(options)))
+    return formats.read_mask(Path(name), shape)
 
 
 def _scaled(x: Tensor) -> Tensor | None:
@@ -143,12 +173,26 @@ class Sampler:
         for name in self.masks:
             for index in range(self.bank):
                 acceleration = _log_uniform(lo, hi, generator)
-                options = _varied(name, acceleration, generator)
+                options = _varied(name, self.size, acceleration, generator)
                 bank.append(patterns.make_mask(name, (self.size, self.size), acceleration, seed=index, **options))
         object.__setattr__(self, "_bank", torch.stack(bank))
         sets = self.bank if self.coils > 1 else 1
         maps = [coil_maps((self.size, self.size), self.coils, seed=self.seed + index) for index in range(sets)]
         object.__setattr__(self, "_coils", torch.stack(maps))
+
+    @property
+    def domain(self) -> dict[str, Any]:
+        """What a model trained on these batches has seen, in the terms of `Reconstructor.outside`."""
+        bank: Tensor = self._bank  # type: ignore[attr-defined]
+        c = self.size // 2
+        return {
+            "acceleration": list(self.acceleration),
+            # Convolutions carry over to other sizes; how far was measured on 256², see the README.
+            "size": [self.size // 2, 4 * self.size],
+            "coils": self.coils,
+            "noise": list(self.noise),
+            "centre": float(bank[:, c - 2 : c + 3, c - 2 : c + 3].mean((1, 2)).amin()),
+        }
 
     def __call__(self, step: int, rank: int = 0) -> Example:
         """The batch of a step (and, in distributed training, of a rank)."""
@@ -215,13 +259,15 @@ class Sampler:
         return 0.0 if _uniform(0, 1, generator) < 0.25 else level
 
 
-def _varied(name: str, acceleration: float, generator: torch.Generator) -> dict[str, float]:
+def _varied(name: str, size: int, acceleration: float, generator: torch.Generator) -> dict[str, float]:
     """Options of a mask family, half of the time away from its defaults: scanners differ in more than acceleration."""
     if _uniform(0, 1, generator) < 0.5:
         return {}
     share = _uniform(0.15, 0.5, generator)
+    # The calibration block must leave samples for the rest.
+    block = max(4, min(24, int(size / math.sqrt(1.5 * acceleration))))
     ranges: dict[str, dict[str, float]] = {
-        "poisson": {"order": _uniform(1, 6, generator), "calibration": _integer(4, 24, generator)},
+        "poisson": {"order": _uniform(1, 6, generator), "calibration": _integer(4, block, generator)},
         "cartesian-random": {"center_fraction": share / acceleration},
         "cartesian-equispaced": {"center_fraction": share / acceleration},
         "gaussian": {"width": _uniform(0.15, 0.3, generator)},

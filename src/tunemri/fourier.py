@@ -52,19 +52,21 @@ def phase_ramp(shape: tuple[int, int], dtype: torch.dtype = torch.complex64) -> 
     Returns:
         inner, outer: complex `(H, W)` of the given dtype; exactly real for even sizes.
     """
-    inner, outer = [], []
-    for size in shape:
-        n = torch.arange(size, dtype=torch.float64)
-        c = size // 2
-        # Reduce the phase modulo N in exact integers first: even sizes then give exactly ±1.
-        turns = (n * c) % size / size
-        constant = -((c * c) % size) / size
-        inner.append(_unit(turns))
-        outer.append(_unit(turns + constant))
-    return (
-        (inner[0][:, None] * inner[1]).to(dtype),
-        (outer[0][:, None] * outer[1]).to(dtype),
-    )
+    # The cache outlives the caller: tensors made in inference mode could not be used in training afterwards.
+    with torch.inference_mode(False):
+        inner, outer = [], []
+        for size in shape:
+            n = torch.arange(size, dtype=torch.float64)
+            c = size // 2
+            # Reduce the phase modulo N in exact integers first: even sizes then give exactly ±1.
+            turns = (n * c) % size / size
+            constant = -((c * c) % size) / size
+            inner.append(_unit(turns))
+            outer.append(_unit(turns + constant))
+        return (
+            (inner[0][:, None] * inner[1]).to(dtype),
+            (outer[0][:, None] * outer[1]).to(dtype),
+        )
 
 
 def _unit(turns: Tensor) -> Tensor:

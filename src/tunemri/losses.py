@@ -1,4 +1,4 @@
-"""Training terms with one value per sample, their weights on the simplex, and the matching of their scales.
+"""Training terms with one value per sample, their weights on the simplex, and the drawing of such weights.
 
     loss_b = Σ_k (w_k / s_k) L_k(x̂_b),    w ≥ 0, Σ_k w_k = 1
 
@@ -160,7 +160,7 @@ def terms(names: Sequence[str]) -> list[Term]:
     """The named terms.
 
     Raises:
-        BadOption: an unknown or repeated name, or fewer than two.
+        BadOption: an unknown or repeated name, or none.
     """
     for name in names:
         if name not in TERMS:

@@ -275,7 +275,8 @@ class Cartesian(LinearOperator):
 
 def _scaled(y: Tensor, factor: Tensor) -> Tensor:
     """y · factor, in place where no gradient needs the old value."""
-    return y * factor if y.requires_grad or factor.requires_grad else y.mul_(factor)
+    same = torch.broadcast_shapes(y.shape, factor.shape) == y.shape
+    return y.mul_(factor) if same and not (y.requires_grad or factor.requires_grad) else y * factor
 
 
 def _combine(image: Tensor, maps: Tensor) -> Tensor:

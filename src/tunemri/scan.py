@@ -85,7 +85,7 @@ class Scan:
         if self.csm is not None:
             self._check_maps(self.csm)
         if self.scale is None:
-            object.__setattr__(self, "scale", torch.ones(k.shape[0], dtype=k.real.dtype))
+            object.__setattr__(self, "scale", torch.ones(k.shape[0], dtype=k.real.dtype, device=k.device))
         elif self.scale.shape != (k.shape[0],):
             raise errors.InconsistentShapes(
                 f"found shape {tuple(self.scale.shape)}, expected ({k.shape[0]},): one per slice", key="scale"
@@ -123,6 +123,9 @@ class Scan:
             )
         if not bool(m.flatten(1).any(1).all()):
             raise errors.NoData("selects no sample in at least one slice", key="mask")
+        # What the mask does not select was not measured, whatever the array holds there (full k-space and a mask, say).
+        if bool(((m == 0) & (self.kspace != 0)).any()):
+            object.__setattr__(self, "kspace", self.kspace * m)
 
     def _check_trajectory(self) -> None:
         t = self.trajectory
@@ -255,7 +258,9 @@ def normalise(scan: Scan) -> Scan:
     peak = y.abs().flatten(1).amax(1).double()
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     y64 = y.to(torch.complex128) / peak[:, None, None, None]
-    rows, cols = (torch.hann_window(min(24, n) + 2, periodic=False, dtype=torch.float64)[1:-1] for n in (h, w))
+    rows, cols = (
+        torch.hann_window(min(24, n) + 2, periodic=False, dtype=torch.float64, device=y.device)[1:-1] for n in (h, w)
+    )
     top, left = h // 2 - len(rows) // 2, w // 2 - len(cols) // 2
     centre = (..., slice(top, top + len(rows)), slice(left, left + len(cols)))
     window = rows[:, None] * cols

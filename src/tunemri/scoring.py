@@ -12,15 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from . import errors, evaluation, plots, report
-from .datasets import SOURCES, load_images
+from .datasets import SOURCES, load_images, sampling_mask
 from .evaluation import Case, Contestant, Row
 from .methods import prepare
 from .metrics import METRICS
 from .simulate import simulate
 
 __all__ = ["Plan", "below", "means", "run", "summary"]
-
-MaskMaker = Callable[[str, tuple[int, int], float, int, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class Plan:
         return found
 
 
-def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]], mask: MaskMaker) -> Iterator[Case]:
+def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]]) -> Iterator[Case]:
     """Every image under every mask. The same image has the same phase, coils and noise under all masks."""
     for name, acceleration in plan.patterns():
         for source, planes in images.items():
@@ -68,7 +66,7 @@ def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]], mask: MaskMaker) -
                 x = planes[index][None]
                 # A seed of its own for each image, the same in every run.
                 seed = plan.seed + int.from_bytes(hashlib.sha256(f"{source}/{index}".encode()).digest()[:3])
-                pattern = mask(name, (x.shape[-2], x.shape[-1]), acceleration, seed, {})
+                pattern = sampling_mask(name, (x.shape[-2], x.shape[-1]), acceleration, seed)
                 scan, target = simulate(x, mask=pattern, coils=plan.coils, noise=plan.noise, seed=seed)
                 label = name if math.isnan(acceleration) else f"{name} {acceleration:g}×"
                 yield Case(
@@ -85,7 +83,6 @@ def run(
     metrics: Sequence[str],
     tune: bool,
     grid: int,
-    mask: MaskMaker,
     progress: Callable[[int, int], None],
 ) -> tuple[list[Row], str]:
     """Judge the contestants, write rows.csv, table.md, curves and report.html into `folder`.
@@ -100,7 +97,7 @@ def run(
     there = [name for name, (filename, _) in SOURCES.items() if (plan.folder / filename).is_file()]
     images = load_images(plan.folder, plan.sources or there)
     rows: list[Row] = []
-    everything = list(cases(plan, images, mask))
+    everything = list(cases(plan, images))
     groups: dict[str, list[Case]] = {}
     for case in everything:
         groups.setdefault(case.labels["mask"], []).append(case)

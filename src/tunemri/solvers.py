@@ -115,7 +115,7 @@ def admm(
     *,
     rho: float | Tensor,
     iterations: int,
-    inner: int = 5,
+    inner: int = 3,
     tolerance: float = 1e-3,
     callback: Callback | None = None,
 ) -> Solution:

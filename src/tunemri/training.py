@@ -1,6 +1,6 @@
 """The one training loop, with resume that is exact to the bit, and the automatic matching of loss scales.
 
-Run it on several devices with `torchrun -m tunemri train …`: gradients are averaged by one explicit
+Run it in several processes with `torchrun -m tunemri train …`: gradients are averaged by one explicit
 all-reduce of a flat vector (DistributedDataParallel leaves gradients of gradient-based losses unsynchronised).
 """
 
@@ -98,7 +98,6 @@ def fit(
     resume: bool = False,
     recipe: Mapping[str, Any] | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
-    device: str = "cpu",
 ) -> Reconstructor:
     """Minimise the mean of `model.loss` over `batches`; return the model with its averaged weights.
 
@@ -111,7 +110,6 @@ def fit(
         resume: go on from the newest readable state in `folder`.
         recipe: what is being trained; a state made by another recipe is refused.
         report: called with step, loss, rate, seconds about every ten seconds.
-        device: where to train.
 
     Raises:
         Busy: another process trains in this folder.
@@ -122,7 +120,7 @@ def fit(
     folder = Path(folder)
     files.make_folder(folder)
     rank, world = _distributed()
-    model.to(device).train()
+    model.train()
     parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.Adam(parameters.values(), lr=plan.lr)
     average = {name: p.detach().clone() for name, p in parameters.items()}
@@ -131,10 +129,8 @@ def fit(
         start, seconds = 0, 0.0
         if resume:
             start, seconds = _restore(folder, model, optimiser, parameters, average, identity)
-        elif any((folder / name).exists() for name in _STATES):
-            raise errors.BadOption(
-                "this folder already holds a run", file=folder, help="--resume to go on with it, or name another"
-            )
+        else:
+            _refuse_a_run(folder)
         began = saved = told = time.monotonic()
         bad = 0
         for step in range(start, plan.steps):
@@ -142,11 +138,11 @@ def fit(
             for group in optimiser.param_groups:
                 group["lr"] = plan.rate(step)
             optimiser.zero_grad(set_to_none=True)
-            example = _to(batches(step, rank), device)
-            with torch.autocast(device, torch.bfloat16, enabled=plan.precision == "bfloat16"):
+            example = batches(step, rank)
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
                 loss = model.loss(example, generator)
             loss.backward()
-            _all_reduce(parameters.values(), world)
+            _all_reduce(parameters.values(), world, asked)
             _share_buffers(model, world)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
             if not bool(torch.isfinite(norm)):
@@ -223,6 +219,8 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]
         "scales": ("steps", "examples"),
     }
     for section in recipe:
+        if section in ("arguments", "scales", "data", "training") and not isinstance(recipe[section], dict):
+            raise errors.BadOption(f"found {recipe[section]!r}, expected a section", file=path, key=section)
         if section not in _SECTIONS:
             raise errors.BadOption(
                 "no such section", file=path, key=section, help=errors.did_you_mean(section, _SECTIONS)
@@ -236,6 +234,9 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]
     for section in ("method", "data", "training"):
         if section not in recipe:
             raise errors.MissingKey("a recipe needs it", file=path, key=section)
+    for section, key in (("training", "steps"), ("scales", "steps")):
+        if section in recipe and key not in recipe[section]:
+            raise errors.MissingKey("a recipe needs it", file=path, key=f"{section}.{key}")
     return recipe
 
 
@@ -259,15 +260,18 @@ def train(
     """
     folder = Path(folder)
     data = dict(recipe["data"])
-    source = data.pop("folder", None) or os.environ.get("TUNEMRI_DATA")
+    source = data.pop("folder", None)
     if source is None:
         raise errors.MissingKey("where the images are", key="data.folder", help="--set data.folder=DIR")
-    plan = Plan(**recipe["training"])
+    if not resume:
+        _refuse_a_run(folder)
+    plan = _built(Plan, "training", recipe["training"])
+    data.setdefault("seed", plan.seed)
     arguments = dict(recipe.get("arguments", {}))
     images = load_images(source, data.pop("sources", ()))
-    sampler = Sampler(images=images, **data)
+    sampler = _built(Sampler, "data", {"images": images, **data})
     torch.manual_seed(plan.seed)
-    probe = make(recipe["method"], arguments)  # a wrong argument must fail before any work
+    _built(make, "arguments", {"method": recipe["method"], "arguments": arguments})  # wrong ones fail before any work
     if (matching := recipe.get("scales")) is not None:
         shared = {k: arguments[k] for k in ("main", "terms") if k in arguments}
 
@@ -277,13 +281,10 @@ def train(
 
         short = replace(plan, steps=matching["steps"], warmup=min(plan.warmup, matching["steps"] // 4))
         count = len(arguments.get("terms", ("mae", "ssim")))
-        arguments["scales"] = match_scales(single, count, sampler, short, folder, examples=matching.get("examples", 16))
-    lo, hi = sampler.acceleration
-    arguments["trained"] = {
-        "acceleration": [lo, hi], "size": [min(64, sampler.size), 512], "coils": 32,
-        "noise": list(sampler.noise), "masks": list(sampler.masks),
-    }  # fmt: skip
-    del probe
+        arguments["scales"] = match_scales(
+            single, count, sampler, short, folder, examples=matching.get("examples", 16), recipe=recipe
+        )
+    arguments["trained"] = sampler.domain
     torch.manual_seed(plan.seed)
     model = make(recipe["method"], arguments)
     if (start := recipe.get("start")) is not None:
@@ -299,10 +300,17 @@ def train(
 
 
 def _start(model: Reconstructor, trained: Reconstructor) -> None:
-    """Begin at the weights of a network trained without a dial."""
-    if not isinstance(model, HyperRecon) or not isinstance(trained, SingleWeight):
-        raise errors.BadOption("only a hyperrecon can start, and only from a single-weight network", key="start")
-    model.hypernet.start_from(dict(trained.main.named_parameters()))
+    """Begin at the weights of a network trained without a dial, or of the same hypernetwork."""
+    if isinstance(model, HyperRecon) and isinstance(trained, SingleWeight):
+        model.hypernet.start_from(dict(trained.main.named_parameters()))
+    elif type(model) is type(trained) and {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in trained.state_dict().items()
+    }:
+        model.load_state_dict(trained.state_dict())
+    else:
+        raise errors.BadOption(
+            "those weights are neither of a single-weight network nor of the same method", key="start"
+        )
 
 
 def provenance(recipe: Mapping[str, Any], images: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
@@ -336,6 +344,7 @@ def match_scales(
     folder: str | Path,
     *,
     examples: int = 16,
+    recipe: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """s_k = typical loss k of a network trained for term k alone, from short runs of `plan.steps` (the two-network rule).
 
@@ -357,17 +366,12 @@ def match_scales(
             plan,
             Path(folder) / f"scale-{k}",
             resume=True,
+            recipe={"scale": k, "of": recipe},
         )
         generator = torch.Generator().manual_seed(plan.seed)
         values = [float(network.loss(batches(plan.steps + n, 0), generator).detach()) for n in range(examples)]
         scales.append(math.exp(sum(values) / examples))
     return scales
-
-
-def _to(example: Example, device: str) -> Example:
-    if device == "cpu":
-        return example
-    raise errors.BadOption(f"found {device!r}", key="device", help="training runs on cpu for now")
 
 
 def _distributed() -> tuple[int, int]:
@@ -376,18 +380,20 @@ def _distributed() -> tuple[int, int]:
     if world == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")
     return dist.get_rank(), world
 
 
-def _all_reduce(parameters: Any, world: int) -> None:
-    """Average the gradients of all processes: one message."""
+def _all_reduce(parameters: Any, world: int, asked: list[int]) -> None:
+    """Average the gradients of all processes, and let all stop where one was asked to: one message."""
     if world == 1:
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor([float(bool(asked))])])
     dist.all_reduce(flat)
     flat /= world
+    if flat[-1] > 0 and not asked:
+        asked.append(int(signal.SIGTERM))
     offset = 0
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = flat[offset : offset + g.numel()].view_as(g).clone()
@@ -425,6 +431,7 @@ def _restore(
     folder: Path, model: Reconstructor, optimiser: torch.optim.Adam, parameters: dict[str, Tensor],
     average: dict[str, Tensor], identity: str,
 ) -> tuple[int, float]:  # fmt: skip
+    damaged = False
     for name in _STATES:
         path = folder / name
         if not path.exists():
@@ -435,6 +442,9 @@ def _restore(
                 tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
         except Exception as error:
             errors.warn(f"{path.name}: damaged ({error}), trying the state before it", "unreadable_file")
+            # Out of the way, or the next checkpoint would move it over the good one.
+            os.replace(path, path.with_name(f"damaged.{name}"))
+            damaged = True
             continue
         if metadata["identity"] != identity:
             raise errors.BadOption(
@@ -450,7 +460,26 @@ def _restore(
             if state:
                 optimiser.state[p] = state
         return int(metadata["step"]), float(metadata["seconds"])
+    if damaged:
+        raise errors.UnreadableFile("no state of this run can be read", file=folder, help="start again in a new folder")
     return 0, 0.0
+
+
+def _refuse_a_run(folder: Path) -> None:
+    if any((folder / name).exists() for name in _STATES):
+        raise errors.BadOption(
+            "this folder already holds a run", file=folder, help="--resume to go on with it, or name another"
+        )
+
+
+def _built(kind: Callable[..., Any], key: str, arguments: Mapping[str, Any]) -> Any:
+    """`kind(**arguments)`, where a recipe's text for a number, a scalar for a pair, … is the recipe's fault."""
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise errors.BadOption(
+            str(error), key=key, help="see the recipes that ship for the form of each value"
+        ) from error
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:
@@ -475,7 +504,9 @@ def _claimed(folder: Path) -> Iterator[None]:
         except FileExistsError:
             try:
                 holder = json.loads(lock.read_text())
-                gone = holder["host"] == mine["host"] and not _alive(int(holder["pid"]))
+                # In a container a restarted run has the number of the one that was killed: our own.
+                alive = int(holder["pid"]) != mine["pid"] and _alive(int(holder["pid"]))
+                gone = holder["host"] == mine["host"] and not alive
             except (OSError, ValueError, TypeError, KeyError):
                 holder, gone = {"pid": "?", "host": "?"}, False  # not written yet, or not by us: leave it alone
             if not gone:

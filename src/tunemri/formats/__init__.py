@@ -15,13 +15,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .. import errors, files
 from ..fourier import crop, ifft2
 from ..scan import Geometry, Reconstruction, Scan, check_finite
 from . import arrays, cfl, fastmri, images, nifti
-from .base import KSPACE_KEYS, Format, Image, mask_tensor
+from .base import CSM_KEYS, KSPACE_KEYS, Format, Image, complex_values, mask_tensor
 
 __all__ = [
     "READERS",
@@ -147,6 +149,22 @@ def read_mask(path: files.StrPath, shape: tuple[int, int]) -> Tensor:
         if not bool(mask.any()):
             raise errors.NoData("selects no sample", key="mask")
         return mask
+
+
+def read_maps(path: files.StrPath) -> Tensor:
+    """Coil sensitivity maps from any file, complex `(B or 1, C, H, W)`; three axes are one slice's `(C, H, W)`.
+
+    Raises:
+        MissingKey: several arrays and none with a name for maps; UnsupportedLayout (real, other axes); and as for `read`.
+    """
+    with _guard(path) as (p, reader):
+        values = cfl.read_array(p, CSM_KEYS, coils=True) if reader is cfl else reader.read_array(p, CSM_KEYS)
+        values = complex_values(values, p, "csm")
+        if values.ndim not in (3, 4):
+            raise errors.UnsupportedLayout(f"found shape {values.shape}, expected (coils, rows, columns)", key="csm")
+        maps = torch.from_numpy(np.ascontiguousarray(values if values.ndim == 4 else values[None]))
+        check_finite(maps, "csm")
+        return maps
 
 
 @contextmanager

@@ -37,9 +37,9 @@ def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
     return make_image(x[:, 0], file=path, key="image", slices=slices)
 
 
-def read_array(path: Path, keys: Sequence[str]) -> np.ndarray:
-    """The values of the one array, slices first."""
-    return read_image(path, None, "image").data.numpy()
+def read_array(path: Path, keys: Sequence[str], *, coils: bool = False) -> np.ndarray:
+    """The values of the one array, slices first; with `coils`, `(slices, coils, rows, columns)`."""
+    return _read(path) if coils else read_image(path, None, "image").data.numpy()
 
 
 def list_arrays(path: Path) -> list[dict[str, Any]]:

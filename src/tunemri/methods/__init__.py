@@ -65,7 +65,9 @@ def save(
     Raises:
         NonFinite: a weight is NaN or Inf. BadOption: the file exists.
     """
-    method = next(name for name, kind in METHODS.items() if type(model) is kind)
+    method = next((name for name, kind in METHODS.items() if type(model) is kind), None)
+    if method is None:
+        raise errors.BadOption(f"{type(model).__name__} is not in METHODS, so no file could name it", key="model")
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):

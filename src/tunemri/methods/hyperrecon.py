@@ -28,7 +28,8 @@ __all__ = ["PRESETS", "HyperRecon", "SingleWeight", "bake"]
 
 _JOURNAL_UNET = {"name": "unet", "width": 32, "complex_output": False, "batch_norm": True}
 
-# Constructor arguments by name; the parameter counts of the first four are the published ones.
+# Constructor arguments by name, `HyperRecon(**PRESETS["journal-s"])`. The parameter counts of the journal's three are the
+# published ones; of "conference" that of the main network (its own hypernetwork had batch normalisation and other inputs).
 PRESETS: dict[str, dict[str, Any]] = {
     "journal-s": {"main": _JOURNAL_UNET, "widths": [4] * 4, "residual": False},
     "journal-m": {"main": _JOURNAL_UNET, "widths": [32] * 4, "residual": False},
@@ -83,6 +84,10 @@ class HyperRecon(Reconstructor):
         for name in generated_names(network):
             _make_placeholder(network, name)
         self.main = network
+        if self.automatic and list(network.parameters()):
+            raise errors.BadOption(
+                "a network with batch normalisation needs its own numbers", key="scales", help="one per term, or none"
+            )
         self.trained = dict(trained or {})
         self.arguments = {
             "main": dict(main), "widths": list(widths), "residual": residual, "terms": list(terms),
@@ -152,7 +157,7 @@ class HyperRecon(Reconstructor):
             x_hat = self.image(x0[b : b + 1], A_b, own)
             truth = None if x is None else x[b : b + 1]
             values = _term_values(self._terms, x_hat, truth, y[b : b + 1], A_b, own)
-            if self.automatic and b == 0:
+            if self.automatic and self.training and b == 0:
                 self._follow_scales(values[0], x_hat)
             value = _balanced(values, w[b : b + 1] / self.scales).sum() / batch
             found = torch.autograd.grad(value, list(own.values()))
@@ -168,7 +173,7 @@ class HyperRecon(Reconstructor):
         sizes = []
         for value in values:
             (gradient,) = torch.autograd.grad(value, x_hat, retain_graph=True, allow_unused=True)
-            sizes.append(torch.ones(()) if gradient is None else gradient.abs().square().sum().sqrt())
+            sizes.append(x_hat.real.new_ones(()) if gradient is None else gradient.abs().square().sum().sqrt())
         ratio = torch.stack(sizes) / sizes[0].clamp(min=1e-12)
         if bool(torch.isfinite(ratio).all()) and bool((ratio > 0).all()):
             # In logarithms: a ratio has no preferred direction.

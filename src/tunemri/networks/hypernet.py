@@ -86,7 +86,9 @@ class HyperNetwork(nn.Module):
         """
         found = {name: tuple(value.shape) for name, value in weights.items()}
         if not self.residual or found != {name: tuple(shape) for name, shape in self.shapes.items()}:
-            raise errors.WrongModel("these weights are not those of the main network of a residual hypernetwork", key="start")
+            raise errors.WrongModel(
+                "these weights are not those of the main network of a residual hypernetwork", key="start"
+            )
         with torch.no_grad():
             theta0 = [weights[name].flatten() for name in self.shapes]
             self.head.bias.copy_(torch.cat(theta0))
@@ -143,7 +145,8 @@ def apply_batched(
             f"{sets} weight sets for {x0.shape[0]} samples, expected 1 or as many", key="dials"
         )
     mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()) and net.training
-    groupable = all(isinstance(m, Conv) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    owners = (net.get_submodule(name.rpartition(".")[0]) for name in weights)
+    groupable = all(isinstance(m, Conv) or getattr(m, "takes_batched_weights", False) for m in owners)
     if backend == "auto":
         big = x0.shape[-1] * x0.shape[-2] >= 96 * 96 and x0.device.type == "cpu"
         backend = "grouped" if groupable and (mixes or not big) else "loop"

@@ -32,6 +32,8 @@ class Unrolled(nn.Module):
         width, levels: of the U-Nets.
     """
 
+    takes_batched_weights = True  # `steps` may be `(B, stages)`
+
     def __init__(self, *, stages: int = 5, width: int = 16, levels: int = 3) -> None:
         super().__init__()
         if stages < 1:
