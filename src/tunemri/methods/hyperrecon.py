@@ -47,6 +47,7 @@ class HyperRecon(Reconstructor):
         main: the main network, `name` (see `networks.NETWORKS`) and its arguments.
         widths: hidden layers of the hypernetwork.
         residual: θ₀ + Δθ(w) with constant-norm inputs (our default), or the plain form of the papers.
+        direct: see `networks.HyperNetwork`.
         terms: names of the loss terms, in the order of w; all but the first become dials.
         scales: s_k, one per term: the loss of a network trained for that term alone (`training.match_scales`);
             or "auto": the size of the term's gradient in the image, relative to that of the first term, as a
@@ -64,6 +65,7 @@ class HyperRecon(Reconstructor):
         main: Mapping[str, Any],
         widths: Sequence[int],
         residual: bool = True,
+        direct: bool = False,
         terms: Sequence[str] = ("mae", "ssim"),
         scales: Sequence[float] | str | None = None,
         faces: float = 0.2,
@@ -80,7 +82,7 @@ class HyperRecon(Reconstructor):
         self.automatic = scales == "auto"
         self.register_buffer("scales", _scales(None if self.automatic else scales, len(terms)))
         network = build(main)
-        self.hypernet = HyperNetwork(network, len(terms), widths, residual=residual)
+        self.hypernet = HyperNetwork(network, len(terms), widths, residual=residual, direct=direct)
         for name in generated_names(network):
             _make_placeholder(network, name)
         self.main = network
@@ -90,7 +92,7 @@ class HyperRecon(Reconstructor):
             )
         self.trained = dict(trained or {})
         self.arguments = {
-            "main": dict(main), "widths": list(widths), "residual": residual, "terms": list(terms),
+            "main": dict(main), "widths": list(widths), "residual": residual, "direct": direct, "terms": list(terms),
             "scales": "auto" if self.automatic else None, "faces": faces, "backend": backend, "trained": self.trained,
         }  # fmt: skip
 

@@ -47,9 +47,13 @@ class HyperNetwork(nn.Module):
         inputs: K, the number of settings.
         widths: sizes of the layers of e; the last is the dimension of the curve (or surface) of weights.
         residual: see above.
+        direct: append the settings themselves, 2v − 1, to e. A learned e may settle where it hardly depends on v, and
+            W then has nothing to go by; this part always does.
     """
 
-    def __init__(self, main: nn.Module, inputs: int, widths: Sequence[int], *, residual: bool = True) -> None:
+    def __init__(
+        self, main: nn.Module, inputs: int, widths: Sequence[int], *, residual: bool = True, direct: bool = False
+    ) -> None:
         super().__init__()
         if inputs < 1 or not widths or min(widths) < 1:
             raise errors.BadOption(
@@ -57,7 +61,7 @@ class HyperNetwork(nn.Module):
             )
         parameters = dict(main.named_parameters())
         self.shapes = {name: parameters[name].shape for name in generated_names(main)}
-        self.residual = residual
+        self.residual, self.direct = residual, direct
         sizes = [2 * inputs if residual else inputs, *widths]
         layers: list[nn.Module] = []
         for before, after in zip(sizes, sizes[1:], strict=False):
@@ -65,7 +69,7 @@ class HyperNetwork(nn.Module):
         if residual:
             layers[-1] = nn.LayerNorm(sizes[-1], elementwise_affine=False)
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(sizes[-1], sum(shape.numel() for shape in self.shapes.values()))
+        self.head = nn.Linear(sizes[-1] + inputs * direct, sum(shape.numel() for shape in self.shapes.values()))
         if residual:
             with torch.no_grad():
                 theta0 = [parameters[name].detach().flatten() for name in self.shapes]
@@ -97,15 +101,18 @@ class HyperNetwork(nn.Module):
 
     def forward(self, settings: Tensor) -> dict[str, Tensor]:
         """Settings `(B, K)` in [0, 1] → parameter name → `(B, *shape)`."""
+        features = settings
         if self.residual:
             angle = settings * (math.pi / 2)
-            settings = torch.cat((angle.cos(), angle.sin()), -1)
+            features = torch.cat((angle.cos(), angle.sin()), -1)
         # Weights keep full precision where training runs the convolutions in half.
         with torch.autocast(settings.device.type, enabled=False):
-            embedding = self.body(settings)
+            embedding = self.body(features)
             if self.residual:
                 # Σ|e_k| ≈ 1: one step of Adam then moves θ through W about as far as through b, whatever the width of e.
                 embedding = embedding / embedding.shape[1]
+            if self.direct:
+                embedding = torch.cat((embedding, 2 * settings - 1), 1)
             flat = self.head(embedding)
         pieces = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
         return {
