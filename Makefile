@@ -18,7 +18,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install browser demo test check format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,14 +28,22 @@ install: $(STAMP) ## create .venv with tunemri and everything needed to work on 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "tunemri needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,viewer]'
 	@touch $@
+
+# The viewer's tests drive Debian's chromium. It is installed where it is missing and can be had; else they are skipped.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		{ echo "installing chromium for the viewer's tests" >&2; \
+		  timeout 60 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get -qq -y \
+			--no-install-recommends install chromium fonts-dejavu-core; } >/dev/null; } || \
+		echo "no chromium: the viewer's browser tests will be skipped" >&2
 
 demo: $(STAMP) ## the embedded scan through the whole range of a dial, with a report to look at
 	$(BIN)/tunemri demo -o demo --overwrite
 	@echo "open $(abspath demo)/report.html"
 
-test: $(STAMP) ## all tests (WORKERS=2 processes)
+test: $(STAMP) browser ## all tests (WORKERS=2 processes)
 	$(ONE) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: $(STAMP) ## format, lint, types, import order

@@ -41,7 +41,9 @@ def main() -> None:
     plan = training.Plan(**recipe["training"])
 
     arguments = recipe["arguments"]
-    hyper, hyper_seconds = fitted("hyperrecon", arguments, sampler, plan, options.output / "hyper")
+    # An antithetic step runs each image at two settings: half as many images make it the same number of passes.
+    halved = replace(sampler, batch=sampler.batch // 2) if arguments.get("antithetic") else sampler
+    hyper, hyper_seconds = fitted("hyperrecon", arguments, halved, plan, options.output / "hyper")
     shared = {"main": arguments["main"], "terms": arguments["terms"], "scales": hyper.scales.tolist()}
     dedicated, seconds = [], []
     for value in SETTINGS:
@@ -70,7 +72,7 @@ def main() -> None:
             line |= {f"hyper_{name}": a, f"dedicated_{name}": b, f"gap_{name}": a - b}
         table.append(line | {"hyper_seconds": hyper_seconds, "dedicated_seconds": spent})
     print(
-        f"{len(cases)} validation scans, {plan.steps} steps of {sampler.batch} images each, scales {hyper.scales.tolist()}"
+        f"{len(cases)} validation scans, {plan.steps} steps of {sampler.batch} passes each, scales {hyper.scales.tolist()}"
     )
     print("  ssim   PSNR hyper  dedicated    gap   SSIM hyper  dedicated    gap    MAE hyper  dedicated   time ratio")
     for t in table:

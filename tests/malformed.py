@@ -8,6 +8,7 @@ of it must end this process, not the one that tests.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import shutil
 import stat
@@ -15,12 +16,13 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
+import ismrmrd  # resets the filters of warnings when it is first imported: here, before a test sets its own
 import nibabel
 import numpy as np
 from PIL import Image as pillow
@@ -72,6 +74,110 @@ def fastmri(folder: Path, name: str = "scan.h5", *, attributes: dict[str, Any] |
         for key, value in (attributes or {}).items():
             h.attrs[key] = value
     return folder / name
+
+
+def mrd_header(
+    *, rows: int = H, oversampling: int = 1, lines: tuple[int, int, int] = (0, W - 1, W // 2), partitions: int = 1,
+    trajectory: str = "cartesian", calibration: str | None = None, spaces: int = 1,
+) -> str:  # fmt: skip
+    """The XML of an ISMRMRD file; `lines`: minimum, maximum and centre of the line counter."""
+    sides = [
+        f"<matrixSize><x>{n}</x><y>{W}</y><z>{partitions}</z></matrixSize>"
+        f"<fieldOfView_mm><x>{2.0 * n}</x><y>{1.5 * W}</y><z>{5.0 * partitions}</z></fieldOfView_mm>"
+        for n in (rows * oversampling, rows)
+    ]
+    limits = "".join(
+        f"<kspace_encoding_step_{step}><minimum>{a}</minimum><maximum>{e}</maximum><center>{c}</center></kspace_encoding_step_{step}>"
+        for step, (a, e, c) in ((1, lines), (2, (0, partitions - 1, partitions // 2)))
+    )
+    parallel = (
+        "<parallelImaging><accelerationFactor><kspace_encoding_step_1>2</kspace_encoding_step_1>"
+        "<kspace_encoding_step_2>1</kspace_encoding_step_2></accelerationFactor>"
+        f"<calibrationMode>{calibration}</calibrationMode></parallelImaging>"
+    )
+    encoding = (
+        f"<encoding><encodedSpace>{sides[0]}</encodedSpace><reconSpace>{sides[1]}</reconSpace>"
+        f"<encodingLimits>{limits}</encodingLimits><trajectory>{trajectory}</trajectory>"
+        f"{parallel if calibration else ''}</encoding>"
+    )
+    return (
+        '<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">'
+        "<experimentalConditions><H1resonanceFrequency_Hz>128000000</H1resonanceFrequency_Hz></experimentalConditions>"
+        f"{encoding * spaces}</ismrmrdHeader>"
+    )
+
+
+def readouts(
+    *, coil_images: np.ndarray | None = None, oversampling: int = 1, reverse: bool = False, first_sample: int = 0,
+    lines: Sequence[int] = tuple(range(W)), centre: int = W // 2, **counters: int,
+) -> list[Any]:  # fmt: skip
+    """ISMRMRD readouts of coil images `(B, C, H, W)`, made independently of the package: padded, transformed, cut up.
+
+    With `reverse` every second line runs backwards; `first_sample` are missing at the start (an asymmetric echo).
+    """
+    x = images_of_coils() if coil_images is None else coil_images
+    edge = x.shape[-2] * oversampling // 2 - x.shape[-2] // 2
+    x = np.pad(x, ((0, 0), (0, 0), (edge, x.shape[-2] * (oversampling - 1) - edge), (0, 0)))
+    n, w = x.shape[-2:]
+    y = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(x, axes=(-2, -1)), norm="ortho"), axes=(-2, -1))
+    found = []
+    for b in range(len(y)):
+        for line in lines:
+            values = y[b, :, first_sample:, line].astype(np.complex64)
+            one = ismrmrd.Acquisition.from_array(np.ascontiguousarray(values), center_sample=n // 2 - first_sample)
+            if reverse and line % 2:
+                one.data[:] = values[:, ::-1]
+                one.set_flag(ismrmrd.ACQ_IS_REVERSE)
+            one.idx.kspace_encode_step_1 = line - w // 2 + centre
+            one.idx.slice = b
+            one.sample_time_us = 4.0
+            one.read_dir[:], one.phase_dir[:], one.slice_dir[:] = (0, 1, 0), (1, 0, 0), (0, 0, 1)
+            one.position[:] = (3.0, 4.0, 6.0 * b)
+            for name, value in counters.items():
+                setattr(one.idx, name, value)
+            found.append(one)
+    return found
+
+
+def images_of_coils() -> np.ndarray:
+    """`image` seen by the coils of `kspace`: `(B, C, H, W)`."""
+    y = np.fft.ifftshift(kspace(), axes=(-2, -1))
+    return np.fft.fftshift(np.fft.ifft2(y, norm="ortho"), axes=(-2, -1))
+
+
+def noise_readout(std: float = 0.1, samples: int = 4096, coils: int = C, dwell: float = 4.0) -> Any:
+    rng = np.random.default_rng(5)
+    values = std / np.sqrt(2) * (rng.standard_normal((coils, samples)) + 1j * rng.standard_normal((coils, samples)))
+    one = ismrmrd.Acquisition.from_array(values.astype(np.complex64), sample_time_us=dwell)
+    one.set_flag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
+    return one
+
+
+def ismrmrd_hdf5(folder: Path, acquisitions: list[Any], xml: str | None = None, name: str = "raw.h5") -> Path:
+    """An ISMRMRD file of the `ismrmrd` package's types, written in one go (`append_acquisition` takes its time)."""
+    from ismrmrd.hdf5 import acquisition_dtype, acquisition_header_dtype
+
+    table = np.empty(len(acquisitions), acquisition_dtype)
+    for record, one in zip(table, acquisitions, strict=True):
+        record["head"] = np.frombuffer(bytes(one.getHead()), acquisition_header_dtype)[0]
+        record["traj"], record["data"] = one.traj.ravel(), one.data.view(np.float32).ravel()
+    with h5py.File(folder / name, "w") as h:
+        h["dataset/xml"] = np.array([mrd_header() if xml is None else xml], h5py.string_dtype())
+        h["dataset/data"] = table
+    return folder / name
+
+
+def ismrmrd_stream(folder: Path, acquisitions: list[Any], xml: str | None = None, name: str = "raw.mrd") -> Path:
+    """The same as a stream, with all that may come before and between."""
+    content = io.BytesIO()
+    with ismrmrd.ProtocolSerializer(content) as s:
+        s.serialize(ismrmrd.ConfigFile("default.xml"))
+        s.serialize(ismrmrd.xsd.CreateFromDocument(mrd_header() if xml is None else xml))
+        for one in acquisitions:
+            s.serialize(one)
+        s.serialize(ismrmrd.Waveform(data=np.zeros((2, 7), np.uint32)))
+        s.serialize("done")
+    return raw(folder, name, content.getvalue())
 
 
 def raw(folder: Path, name: str, content: bytes) -> Path:
@@ -155,6 +261,13 @@ _refused("noise", lambda d: raw(d, "a.h5", np.random.default_rng(0).bytes(4000))
 _refused("zip", lambda d: raw(d, "a.zip", b"PK\5\6" + bytes(18)), "unsupported_layout", "zip")
 _refused("pickle", lambda d: raw(d, "a.pkl", b"\x80\x04K\x01."), "unsafe_content", "pickle")
 _refused("dicom", lambda d: raw(d, "a.dcm", bytes(128) + b"DICM" + bytes(9)), "unsupported_layout", "DICOM")
+_refused(
+    "dicom without pixels",
+    lambda d: raw(d, "a.dcm", bytes(128) + b"DICM" + bytes(9)),
+    "unsupported_layout",
+    "without pixels",
+    reader="read_image",
+)
 _refused("weights", lambda d: raw(d, "a.safetensors", struct.pack("<Q", 2) + b"{}"), "unsupported_layout", "weights")
 
 # ---------------------------------------------------------------- damaged HDF5
@@ -277,7 +390,7 @@ def _spoilt(value: complex) -> np.ndarray:
 
 _h5("no kspace", "missing_key", "kspace", "'ksp'", kspace=None, ksp=np.zeros(3))
 _h5("image only", "missing_key", "kspace", "simulate", kspace=None, reconstruction_rss=image().real)
-_refused("ismrmrd", _ismrmrd, "unsupported_layout", "ISMRMRD")
+_refused("mrd without readouts of its type", _ismrmrd, "unsupported_layout", "ISMRMRD")
 _refused("kspace is a group", _group, "unsupported_layout", "kspace", "group")
 _h5("strings", "unsupported_layout", "kspace", kspace=["a", "b"])
 _h5("null", "unsupported_layout", "kspace", kspace=h5py.Empty("c8"))
@@ -287,7 +400,7 @@ _h5("1-D", "unsupported_layout", "kspace", "(7,)", kspace=np.ones(7, dtype="c8")
 _h5("6-D", "unsupported_layout", "kspace", "6 axes", kspace=np.ones((1, 1, 2, 2, 2, 2), dtype="c8"))
 _h5("scalar", "unsupported_layout", "kspace", kspace=np.complex64(1))
 _h5("records", "unsupported_layout", "kspace", kspace=np.zeros((B, H, W), dtype=[("a", "f4"), ("b", "f4")]))
-_h5("radial", "unsupported_layout", "trajectory", trajectory=np.zeros((3, 2)))
+_h5("trajectory of another scan", "inconsistent_shapes", "trajectory", "(3, 2)", trajectory=np.zeros((3, 2)))
 _h5("zero slices", "no_data", "kspace", kspace=np.zeros((0, C, H, W), dtype="c8"))
 _h5("all zero", "no_data", "kspace", kspace=np.zeros((B, C, H, W), dtype="c8"))
 _h5("one NaN", "non_finite", "kspace", "1 of 7680", "(1, 2, 3, 5)", kspace=_spoilt(complex(0, np.nan)))
@@ -558,6 +671,255 @@ _accepted("mat 7.3", _mat73)
 _accepted("cfl", _cfl_of_slices)
 
 
+# ---------------------------------------------------------------- scans off the grid, and images placed in the patient
+
+
+def spokes() -> np.ndarray:
+    """`(12, 40, 2)`: spokes in cycles per field of view of a 32×32 image."""
+    angle, radius = np.pi * np.arange(12)[:, None] / 12, (np.arange(40) - 20) * 0.8
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).astype(np.float32)
+
+
+def along(trajectory: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Samples `(…, *trajectory.shape[:-1])` of images `(…, 32, 32)`, the sum written out."""
+    n = np.arange(32) - 16
+    k = trajectory.reshape(-1, 2).astype(np.float64) / 32
+    rows, columns = np.exp(-2j * np.pi * k[:, :1] * n), np.exp(-2j * np.pi * k[:, 1:] * n)
+    y = np.einsum("mr,...rc,mc->...m", rows, x, columns) / 32
+    return y.reshape(*x.shape[:-2], *trajectory.shape[:-1]).astype(np.complex64)
+
+
+def square() -> np.ndarray:
+    """`images_of_coils` on 32×32 pixels."""
+    return np.pad(images_of_coils(), ((0, 0), (0, 0), (0, 0), (1, 1)))
+
+
+def radial(folder: Path, name: str = "scan.h5", **datasets: Any) -> Path:
+    contents = {"kspace": along(spokes(), square()), "trajectory": spokes(), "ismrmrd_header": None, **datasets}
+    return fastmri(folder, name, attributes={"image_shape": (32, 32)}, **contents)
+
+
+def cfl_radial(
+    folder: Path, *, trajectory: np.ndarray | None = None, samples: np.ndarray | None = None, sizes: str = "3 40 12"
+) -> Path:
+    y = along(spokes(), square()[0]) if samples is None else samples
+    t = spokes() if trajectory is None else trajectory
+    raw(folder, "a_ksp.hdr", f"# Dimensions\n1 40 12 {len(y)}\n".encode())
+    raw(folder, "a_traj.hdr", f"# Dimensions\n{sizes}\n".encode())
+    raw(folder, "a_traj.cfl", np.concatenate([t, 0 * t[..., :1]], -1).astype("<c8").tobytes())
+    return raw(folder, "a_ksp.cfl", y.tobytes())
+
+
+def dicom(folder: Path, *, b: int = B, change: Callable[[Any], Any] = lambda data: None) -> Path:
+    """A DICOM file of `image`, changed after it was made."""
+    import pydicom
+    import torch
+
+    from tunemri import formats
+    from tunemri.scan import Geometry
+
+    place = Geometry(
+        voxel_size=(2.0, 1.5, 6.0), affine=((0, -1.5, 0, 9.0), (-2.0, 0, 0, 7.0), (0, 0, 6.0, 5.0), (0, 0, 0, 1))
+    )
+    what = formats.Image(data=torch.from_numpy(image().real[:b].copy()), geometry=place)
+    formats.write(folder / "a.dcm", what, overwrite=True)
+    data = pydicom.dcmread(folder / "a.dcm")
+    change(data)
+    data.save_as(folder / "a.dcm")
+    return folder / "a.dcm"
+
+
+# ---------------------------------------------------------------- raw data that is none, or not whole
+
+
+def _changed(*changes: Callable[[list[Any]], object], xml: str | None = None) -> Callable[[Path], Path]:
+    """An ISMRMRD file with its readouts changed."""
+
+    def build(folder: Path) -> Path:
+        found = readouts()
+        for change in changes:
+            change(found)
+        return ismrmrd_hdf5(folder, found, xml)
+
+    return build
+
+
+def _replaced(index: int, **of: Any) -> Callable[[list[Any]], None]:
+    """Readout `index` cut to other samples or coils, or with another counter."""
+
+    def change(found: list[Any]) -> None:
+        old = found[index]
+        values = np.ascontiguousarray(old.data[: of.get("coils", C), : of.get("samples", H)])
+        found[index] = ismrmrd.Acquisition.from_array(values, center_sample=of.get("center", H // 2))
+        found[index].idx.slice = old.idx.slice
+        found[index].idx.kspace_encode_step_1 = of.get("line", old.idx.kspace_encode_step_1)
+        found[index].encoding_space_ref = of.get("space", 0)
+
+    return change
+
+
+def _spoil(found: list[Any]) -> None:
+    found[7].data[:] = np.nan
+
+
+def _flagged(number: int) -> Callable[[list[Any]], None]:
+    return lambda found: [one.set_flag(number) for one in found] and None
+
+
+def _without(key: str) -> Callable[[Path], Path]:
+    def build(folder: Path) -> Path:
+        path = ismrmrd_hdf5(folder, readouts())
+        with h5py.File(path, "a") as h:
+            del h[key]
+        return path
+
+    return build
+
+
+def _twice(folder: Path) -> Path:
+    path = ismrmrd_hdf5(folder, readouts())
+    with h5py.File(path, "a") as h:
+        h.copy("dataset", "dataset_2")
+    return path
+
+
+def _stream(end: int | None = None, put: dict[int, bytes] | None = None) -> Callable[[Path], Path]:
+    """A stream cut at `end`, or with bytes put over its own."""
+
+    def build(folder: Path) -> Path:
+        path = ismrmrd_stream(folder, readouts())
+        content = bytearray(path.read_bytes())[:end]
+        for at, new in (put or {}).items():
+            content[at : at + len(new)] = new
+        path.write_bytes(content)
+        return path
+
+    return build
+
+
+def _stream_without_header(folder: Path) -> Path:
+    content = io.BytesIO()
+    with ismrmrd.ProtocolSerializer(content) as s:
+        s.serialize(ismrmrd.ConfigText("<configuration/>     "))
+        for one in readouts():
+            s.serialize(one)
+    return raw(folder, "raw.mrd", content.getvalue())
+
+
+def _stream_of_many(folder: Path) -> Path:
+    """65535 samples of 65535 coils in the first readout."""
+    path = ismrmrd_stream(folder, readouts())
+    content = bytearray(path.read_bytes())
+    head = content.index(b"\xf0\3\1\0") + 2
+    content[head + 34 : head + 40] = b"\xff" * 6
+    path.write_bytes(content)
+    return path
+
+
+_BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><a>&c;</a>'
+_refused("mrd without xml", _without("dataset/xml"), "missing_key", "dataset/xml", "how large")
+_refused("mrd without readouts", _without("dataset/data"), "missing_key", "dataset/data")
+_refused("mrd twice", _twice, "unsupported_layout", "dataset, dataset_2")
+_refused("mrd xml cut", _changed(xml=mrd_header()[:300]), "unreadable_file", "dataset/xml", "XML")
+_refused("mrd xml of nothing", _changed(xml="<ismrmrdHeader/>"), "missing_key", "encoding")
+_refused("mrd xml bomb", _changed(xml=_BOMB), "unsafe_content", "DOCTYPE")
+_refused("mrd matrix of nothing", _changed(xml=mrd_header().replace("matrixSize", "size")), "missing_key", "matrixSize")
+_refused("mrd matrix of 65535", _changed(xml=mrd_header(rows=65535)), "inconsistent_shapes", "readout 0", "65535")
+_refused(
+    "mrd of 134 GB", _changed(xml=mrd_header(partitions=1000).replace("<y>30<", "<y>65535<")), "too_large", "matrixSize"
+)
+_refused("mrd short readout", _changed(_replaced(5, samples=20, center=20)), "inconsistent_shapes", "readout 5", "20")
+_refused("mrd line 5000", _changed(_replaced(5, line=5000)), "inconsistent_shapes", "readout 5", "5000", "30 lines")
+_refused("mrd fewer coils", _changed(_replaced(5, coils=2)), "inconsistent_shapes", "readout 5", "2", "4")
+_refused("mrd other encoding", _changed(_replaced(5, space=1)), "unsupported_layout", "encoding spaces")
+_refused("mrd NaN readout", _changed(_spoil), "non_finite", "readout 7", "128 of 128")
+_refused("mrd noise only", _changed(_flagged(19)), "no_data", "noise readouts only")
+_refused("mrd navigators only", _changed(_flagged(23)), "no_data", "navigator")
+_refused("mrd zeros", _changed(lambda found: [one.data.fill(0) for one in found]), "no_data", "zero")
+_refused(
+    "mrd radial without trajectory", _changed(xml=mrd_header(trajectory="radial")), "missing_key", "traj", "radial"
+)
+_refused("mrd is no image", _changed(), "missing_key", "recon", reader="read_image")
+_refused("stream cut", _stream(end=9000), "unreadable_file", "truncated", "readouts")
+_refused("stream not closed", _stream(end=-2), "unreadable_file", "truncated")
+_refused("stream of no message", _stream(put={0: b"\3\0\x20\0\0\0<a>", 38: b"\x99\x99"}), "unreadable_file", "39321")
+_refused("stream declares 34 GB", _stream_of_many, "unreadable_file", "truncated: 0 readouts", "34358689800")
+_refused("stream without header", _stream_without_header, "missing_key", "header")
+
+
+def _at_three(folder: Path) -> Path:
+    return radial(folder, trajectory=np.concatenate([spokes(), 0 * spokes()[..., :1]], -1))
+
+
+def _radial_alone(folder: Path) -> Path:
+    path = cfl_radial(folder)
+    (folder / "a_traj.cfl").unlink()
+    return path
+
+
+_refused(
+    "radial axes swapped",
+    lambda d: radial(d, trajectory=np.moveaxis(spokes(), -1, 0)),
+    "inconsistent_shapes",
+    "moveaxis",
+)
+_refused("radial three columns", _at_three, "inconsistent_shapes", "(12, 40, 3)")
+_refused("radial of fewer spokes", lambda d: radial(d, trajectory=spokes()[:7]), "inconsistent_shapes", "(7, 40, 2)")
+_refused("radial NaN", lambda d: radial(d, trajectory=np.nan * spokes()), "non_finite", "trajectory")
+_refused("radial NaN spoke", lambda d: radial(d, kspace=np.nan * along(spokes(), square())), "non_finite", "kspace")
+_refused("radial zeros", lambda d: radial(d, kspace=0 * along(spokes(), square())), "no_data", "zero")
+_refused("radial beyond the image", lambda d: radial(d, trajectory=3 * spokes()), "inconsistent_shapes", "trajectory")
+_refused("radial complex", lambda d: radial(d, trajectory=1j * spokes()), "unsupported_layout", "trajectory")
+_refused("radial of other maps", lambda d: radial(d, csm=np.ones((3, 32, 32), "c8")), "inconsistent_shapes", "csm")
+_refused("cfl radial alone", _radial_alone, "missing_key", "a_traj.cfl")
+_refused(
+    "cfl radial short", lambda d: cfl_radial(d, sizes="3 40 11"), "inconsistent_shapes", "a_traj", "[3, 40, 11, 1]"
+)
+_refused("cfl radial swapped", lambda d: cfl_radial(d, sizes="40 3 12"), "inconsistent_shapes", "a_traj")
+_refused("cfl radial complex", lambda d: cfl_radial(d, trajectory=1j * spokes()), "unsupported_layout", "complex")
+
+
+def _hollow(data: Any) -> None:
+    del data.PixelData
+
+
+def _short(data: Any) -> None:
+    data.PixelData = data.PixelData[: len(data.PixelData) // 2]
+
+
+def _huge(data: Any) -> None:
+    data.Rows = data.Columns = 65535
+    data.NumberOfFrames = 5000
+
+
+def _jpeg(data: Any) -> None:
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEG2000Lossless
+
+    data.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    data.PixelData = encapsulate([b"\xff\x4f\xff\x51" + bytes(60)] * B)
+    data["PixelData"].is_undefined_length = True
+
+
+_refused("dicom is no scan", dicom, "unsupported_layout", "simulate")
+_refused(
+    "dicom without values", lambda d: dicom(d, change=_hollow), "unsupported_layout", "PixelData", reader="read_image"
+)
+_refused("dicom short", lambda d: dicom(d, change=_short), "unreadable_file", reader="read_image")
+_refused("dicom of 40 TB", lambda d: dicom(d, change=_huge), "too_large", reader="read_image")
+_refused("dicom jpeg", lambda d: dicom(d, change=_jpeg), "unsupported_layout", "JPEG 2000", reader="read_image")
+_refused("dicom cut", lambda d: _cut(dicom(d), lambda n: n - 9), "unreadable_file", reader="read_image")
+
+_accepted("ismrmrd", lambda d: ismrmrd_hdf5(d, readouts()))
+_accepted("ismrmrd stream", lambda d: ismrmrd_stream(d, readouts()))
+_accepted("ismrmrd called bin", lambda d: ismrmrd_stream(d, readouts(), name="raw.bin"))
+_accepted(
+    "ismrmrd without centre",
+    _changed(lambda found: [setattr(one, "center_sample", 0) for one in found]),
+    "center_sample",
+)
+
+
 # ---------------------------------------------------------------- random damage
 
 
@@ -594,6 +956,10 @@ def main(folder: Path, count: int) -> int:
         "png": (_png, formats.read_image), "jpg": (lambda d: _png(d, "a.jpg"), formats.read_image),
         "tif": (lambda d: _png(d, "a.tif"), formats.read_image),
         "h5 image": (lambda d: fastmri(d, reconstruction_rss=image().real), formats.read_image),
+        "ismrmrd": (lambda d: ismrmrd_hdf5(d, readouts()), formats.read),
+        "ismrmrd stream": (lambda d: ismrmrd_stream(d, readouts()), formats.read),
+        "h5 radial": (radial, formats.read), "cfl radial": (cfl_radial, formats.read),
+        "dicom": (lambda d: dicom(d, b=1), formats.read_image), "dicom frames": (dicom, formats.read_image),
     }  # fmt: skip
     bad = 0
     warnings.simplefilter("error")

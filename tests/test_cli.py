@@ -305,7 +305,7 @@ def test_coil_maps_from_a_file(run, image):
     np.save("maps.npy", coil_maps((48, 40), 4, seed=0).numpy())
     true = run("recon", "multi.h5", "-m", "sense", "--csm", "maps.npy", "-o", "a.npy", "--json")
     assert true.code == 0, true.err
-    for name in ("low-resolution", "walsh"):
+    for name in ("low-resolution", "walsh", "espirit"):
         assert run("recon", "multi.h5", "-m", "sense", "--csm", name, "-o", f"{name}.npy", "--json").code == 0
     np.save("maps.npy", coil_maps((48, 40), 3, seed=0).numpy())
     refused(run("recon", "multi.h5", "-m", "sense", "--csm", "maps.npy", "-o", "b.npy"), "inconsistent_shapes", "csm")

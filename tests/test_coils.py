@@ -1,17 +1,43 @@
-"""Estimated coil maps, over every way to estimate them."""
+"""Estimated coil maps, over every way to estimate them; noise, whitening and compression."""
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
-from laws import random
-from tunemri.coils import MAPS, walsh_maps
-from tunemri.errors import BadOption
-from tunemri.masks import make_mask
+from laws import SHAPES, inner, random, relative, scan
+from tunemri.coils import (
+    MAPS,
+    complete_block,
+    compress,
+    compress_scan,
+    espirit_maps,
+    estimate_covariance,
+    noise_covariance,
+    poorly_calibrated,
+    prewhiten,
+    walsh_maps,
+    whiten_scan,
+)
+from tunemri.errors import BadOption, InconsistentShapes, MissingKey, NoData, TunemriWarning
+from tunemri.fourier import ifft2
+from tunemri.masks import MASKS, make_mask
+from tunemri.methods import prepare
+from tunemri.operators import encoding
+from tunemri.scan import Scan
 from tunemri.simulate import phantom, simulate
 
 METHODS = sorted(MAPS)
+
+
+def unexplained(x: Tensor, csm: Tensor) -> float:
+    """‖x - S Sᴴ x‖ / ‖x‖: which part of coil images `(B, C, H, W)` no image times the maps can be."""
+    return relative(csm * (csm.conj() * x).sum(1, keepdim=True), x)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -51,6 +77,99 @@ def test_tiny_empty_and_single_coil_scans_keep_unit_norm(name: str, shape: tuple
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("shape", [(48, 48), (45, 60), (110, 97)])  # the last is larger than ESPIRiT's grid
+def test_maps_explain_noise_free_data(name: str, shape: tuple[int, int]) -> None:
+    true, target = simulate(phantom(shape)[None], mask=torch.ones(shape), coils=5, noise=0.0, store_maps=True)
+    assert true.csm is not None and true.mask is not None
+    x = true.csm * target[:, None] * (target.abs() > 0.1)[:, None]
+    csm = MAPS[name](true.kspace, true.mask)
+    assert unexplained(x, csm) < (0.015 if name == "espirit" else 0.05)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_turn_with_the_phase_of_the_data_and_are_the_same_again(name: str) -> None:
+    shape = (40, 31)
+    y = scan(shape, coils=4, noise=0.01)
+    assert y.mask is not None
+    csm, turned = (MAPS[name](y.kspace * factor, y.mask) for factor in (1, 3e5j))
+    # The maps take over the phase of the object, which is what makes the image nearly real.
+    torch.testing.assert_close(turned, 1j * csm, rtol=0, atol=2e-3)
+    assert torch.equal(csm, MAPS[name](y.kspace, y.mask))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_vary_smoothly_in_the_object_phase_included(name: str) -> None:
+    shape = (64, 64)
+    true, target = simulate(phantom(shape)[None], mask=torch.ones(shape), coils=4, phase=1.0)
+    assert true.mask is not None
+    csm = MAPS[name](true.kspace, true.mask)
+    inside = target.abs()[0] > 0.1
+    for axis in (0, 1):
+        step = (csm - csm.roll(1, axis + 2)).abs().square().sum(1).sqrt()[0]
+        assert step[inside & inside.roll(1, axis)].max() < 0.5
+    alike = (csm * target[:, None].abs() - ifft2(true.kspace)).abs()  # x S = coil images, with a real x
+    assert alike[0, :, inside].mean() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (61, 80)])
+@pytest.mark.parametrize("lines", [8, 12, 24])
+def test_espirit_beats_low_resolution_maps_whatever_the_calibration(shape: tuple[int, int], lines: int) -> None:
+    mask = torch.zeros(shape)
+    mask[:, ::4] = 1
+    mask[:, shape[1] // 2 - lines // 2 :][:, :lines] = 1
+    true, target = simulate(phantom(shape)[None], mask=mask, coils=6, noise=0.003, store_maps=True)
+    assert true.csm is not None and true.mask is not None
+    x = true.csm * target[:, None] * (target.abs() > 0.1)[:, None]
+    left = {name: unexplained(x, MAPS[name](true.kspace, true.mask)) for name in ("espirit", "low-resolution")}
+    assert left["espirit"] < 0.8 * left["low-resolution"], left
+
+
+def test_espirit_cuts_what_is_no_object_and_keeps_what_no_single_map_explains() -> None:
+    shape = (64, 64)
+    x = phantom(shape)
+    full, _ = simulate(x[None], mask=torch.ones(shape), coils=6, noise=0.003)
+    assert full.mask is not None
+    norms = espirit_maps(full.kspace, full.mask, cut=True).abs().square().sum(1)[0]
+    assert torch.minimum((norms - 1).abs(), norms).max() < 1e-5
+    assert (norms > 0)[x > 0.1].all()
+    background = torch.nn.functional.max_pool2d(x[None], 9, 1, 4)[0] == 0
+    assert (norms == 0)[background].float().mean() > 0.9
+    # Half the field of view: two places of the object fall on one pixel, and no map is right for both.
+    folded = full.kspace[..., ::2].contiguous()
+    norms = espirit_maps(folded, torch.ones(1, 1, 1, 32), cut=True).abs().square().sum(1)
+    rss = ifft2(folded).abs().square().sum(1).sqrt()
+    assert (norms > 0)[rss > 0.15 * rss.max()].all()
+
+
+def test_espirit_hands_over_to_the_low_resolution_maps_outside_the_object() -> None:
+    shape = (64, 64)
+    x = phantom(shape)
+    full, _ = simulate(x[None], mask=torch.ones(shape), coils=6, noise=0.003)
+    assert full.mask is not None
+    blended, everywhere, low = (
+        f(full.kspace, full.mask) for f in (espirit_maps, partial(espirit_maps, crop=0.0), MAPS["low-resolution"])
+    )
+    background = torch.nn.functional.max_pool2d(x[None], 9, 1, 4)[0] == 0
+    at = (0, slice(None), background)
+    assert relative(blended[at], low[at]) < 0.3 < relative(everywhere[at], low[at])
+    at = (0, slice(None), x > 0.1)
+    assert relative(blended[at], everywhere[at]) < 0.02
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_complete_block_is_found(shape: tuple[int, int]) -> None:
+    h, w = shape
+    assert complete_block(torch.ones(1, w), shape, calibration=8) == (8, 8)
+    lines = torch.zeros(1, w)
+    lines[:, w // 2 - 3 : w // 2 + 4] = 1
+    assert complete_block(lines, shape) == (h, 7)
+    lines[:, w // 2 + 2] = 0
+    assert complete_block(lines, shape) is None
+    with pytest.raises(BadOption, match="calibration"):
+        complete_block(lines, shape, calibration=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_only_the_complete_centre_is_used(name: str) -> None:
     mask = torch.zeros(1, 1, 1, 40)
     mask[..., 14:26] = 1
@@ -60,6 +179,19 @@ def test_only_the_complete_centre_is_used(name: str) -> None:
     assert torch.equal(MAPS[name](y, mask), MAPS[name](disturbed, mask))
 
 
+@pytest.mark.parametrize("family", sorted(MASKS))
+def test_only_a_scan_without_a_centre_is_called_poorly_calibrated(family: str) -> None:
+    shape = (96, 96)
+    mask = make_mask(family, shape, 4)[None, None]
+    assert poorly_calibrated(mask, shape) == (family == "random")
+    assert not poorly_calibrated(torch.ones(2, 1, 1, 96), shape)
+    y, _ = simulate(phantom(shape)[None], mask=mask, coils=3)
+    with contextlib.ExitStack() as stack:
+        if family == "random":
+            stack.enter_context(pytest.warns(TunemriWarning, match="expect poor ones"))
+        prepare(y)
+
+
 def test_bad_arguments_are_named() -> None:
     y, mask = random((1, 2, 8, 8)), torch.ones(1, 1, 8, 8)
     for name in METHODS:
@@ -67,3 +199,118 @@ def test_bad_arguments_are_named() -> None:
             MAPS[name](y, mask, calibration=0)
     with pytest.raises(BadOption, match="window"):
         walsh_maps(y, mask, window=4)
+    for name, value in (("kernel", 1), ("threshold", 1.0), ("crop", -0.1)):
+        with pytest.raises(BadOption, match=name):
+            espirit_maps(y, mask, **{name: value})  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- noise
+
+
+def correlated(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noise `(B, C, *)` with a known covariance, and that covariance."""
+    c = shape[1]
+    mixing = torch.eye(c) + 0.3 * random((c, c), seed=seed + 50)
+    noise = 0.2 * torch.einsum("cd,bd...->bc...", mixing, random(shape, seed=seed))
+    return noise, 0.04 * mixing @ mixing.mH
+
+
+@pytest.mark.parametrize("coils", [1, 3, 8])
+def test_prewhitened_noise_has_identity_covariance(coils: int) -> None:
+    noise, true = correlated((2, coils, 60, 50))
+    covariance = noise_covariance(noise)
+    assert relative(covariance, true) < 0.05
+    white = prewhiten(noise, covariance)
+    assert white.shape == noise.shape
+    assert (noise_covariance(white) - torch.eye(coils)).abs().max() < 1e-4
+    off_grid, _ = correlated((2, coils, 500), seed=1)
+    assert prewhiten(off_grid, covariance).shape == off_grid.shape
+
+
+@pytest.mark.parametrize("family", ["poisson", "cartesian-random", "radial"])
+@pytest.mark.parametrize("coils", [1, 6])
+def test_the_covariance_is_found_under_an_object(family: str, coils: int) -> None:
+    shape = (96, 80)
+    full, _ = simulate(
+        torch.stack((phantom(shape), phantom(shape, seed=2))), mask=torch.ones(shape), coils=coils, noise=0
+    )
+    noise, true = correlated((2, coils, *shape))
+    mask = make_mask(family, shape, 3)
+    y = (full.kspace + noise) * mask
+    found = estimate_covariance(y, mask[None, None])
+    assert relative(found, true) < 0.25
+    assert torch.allclose(found, found.mH)
+    assert torch.allclose(estimate_covariance(3 * y), 9 * found, rtol=1e-4)
+
+
+def test_strong_samples_hardly_move_the_covariance() -> None:
+    noise, true = correlated((1, 4, 64, 64))
+    noise[:, :, :, ::11] *= 30
+    assert relative(estimate_covariance(noise, share=1.0), true) < 0.3
+
+
+def test_whitening_a_scan_keeps_its_level_and_its_model() -> None:
+    noise, covariance = correlated((2, 4, 32, 33))
+    s = scan((32, 33), slices=2, coils=4, every=1)
+    white = whiten_scan(replace(s, kspace=noise), covariance)
+    assert white.noise_std is not None
+    assert relative(noise_covariance(white.kspace), white.noise_std**2 * torch.eye(4)) < 0.1
+    assert white.noise_std == pytest.approx(0.2, rel=0.3)
+    # y = A x stays true for the same x.
+    x = random((2, 32, 33))
+    exact = whiten_scan(replace(s, kspace=encoding(s)(x)), covariance)
+    assert relative(encoding(exact)(x), exact.kspace) < 1e-5
+    assert whiten_scan(replace(s, kspace=noise)).noise_std == pytest.approx(white.noise_std, rel=0.1)
+
+
+def test_a_covariance_that_is_none_is_named() -> None:
+    y = random((1, 3, 8, 8))
+    with pytest.raises(InconsistentShapes, match="covariance"):
+        prewhiten(y, torch.eye(4))
+    with pytest.raises(BadOption, match="positive definite"):
+        prewhiten(y, torch.zeros(3, 3))
+    with pytest.raises(NoData, match="noise"):
+        noise_covariance(random((1, 3, 2)))
+    with pytest.raises(NoData, match="outer"):
+        estimate_covariance(torch.zeros(1, 3, 64, 64, dtype=torch.complex64))
+    with pytest.raises(BadOption, match="share"):
+        estimate_covariance(y, share=0.0)
+    t = (torch.rand(1, 50, 2, generator=torch.Generator().manual_seed(0)) - 0.5) * 32
+    off_grid = Scan(kspace=random((1, 3, 50)), trajectory=t, image_shape=(32, 32))
+    with pytest.raises(MissingKey, match="covariance"):
+        whiten_scan(off_grid)
+    assert whiten_scan(off_grid, torch.eye(3)).noise_std == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- compression
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 20, 21), (3, 5, 200)])
+def test_compression_keeps_energy_and_reduces_coils(shape: tuple[int, ...]) -> None:
+    # Two strong directions, different in every slice, and a little of all others.
+    y = torch.einsum("bcd,bd...->bc...", random((shape[0], shape[1], 2), seed=1), random((shape[0], 2, *shape[2:])))
+    y = y + 1e-2 * random(shape, seed=2)
+    two = compress(y, 2)
+    assert two.shape == (shape[0], 2, *shape[2:])
+    kept = two.abs().square().flatten(1).sum(1) / y.abs().square().flatten(1).sum(1)
+    assert (kept > 0.999).all() and (kept <= 1 + 1e-5).all()
+    assert torch.allclose(compress(y[:1], 2), two[:1], atol=1e-4)
+    assert torch.allclose(compress(y * 1e-9, 2), two * 1e-9, atol=1e-13)
+    # The strongest comes first, and the virtual coils share nothing.
+    assert (two[:, 0].abs().square().flatten(1).sum(1) >= two[:, 1].abs().square().flatten(1).sum(1)).all()
+    assert abs(inner(two[0, 0], two[0, 1])) < 1e-3 * float(two[0].abs().square().sum())
+    assert torch.equal(compress(y, 99), y)
+    with pytest.raises(BadOption, match="coils"):
+        compress(y, 0)
+
+
+def test_a_compressed_scan_keeps_its_model() -> None:
+    s = scan((24, 25), slices=2, coils=8)
+    small = compress_scan(s, 4)
+    assert small.coils == 4 and small.csm is not None
+    x = random((2, 24, 25))
+    y = encoding(s)(x)
+    again = compress_scan(replace(s, kspace=y), 4)
+    assert relative(encoding(again)(x), again.kspace) < 1e-5
+    assert compress_scan(s, 8) is s
+    assert torch.isfinite(torch.view_as_real(compress_scan(replace(s, kspace=s.kspace * 0), 2).kspace)).all()

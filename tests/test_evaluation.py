@@ -127,7 +127,7 @@ class TestSweep:
             calls.append(1)
             return torch.full_like(kspace, 3**-0.5)
 
-        monkeypatch.setitem(coils.MAPS, "low-resolution", estimate)
+        monkeypatch.setitem(coils.MAPS, "espirit", estimate)
         evaluation.sweep(scan, Gain(), 4)
         assert len(calls) == 1
 

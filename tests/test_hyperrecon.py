@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from tunemri.datasets import Example
 from tunemri.errors import TunemriWarning
 from tunemri.fourier import fft2
 from tunemri.methods import reconstruct
-from tunemri.methods.hyperrecon import PRESETS, HyperRecon, SingleWeight, bake
+from tunemri.methods.hyperrecon import CRITERIA, PRESETS, HyperRecon, Selection, SingleWeight, bake
 from tunemri.operators import Cartesian, encoding
 from tunemri.scan import normalise
 from tunemri.simulate import phantom
@@ -117,6 +119,129 @@ def test_the_two_stage_backward_is_the_gradient(main, terms):
     assert names == expected_names
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
     assert relative(found, expected) < 2e-5
+
+
+@pytest.mark.parametrize("terms", [("mae", "ssim"), ("mse", "dc", "tv")], ids=str)
+def test_antithetic_training_takes_every_image_at_every_cyclic_shift(terms):
+    model, batch, count = small(terms=terms, antithetic=True).train(), example(), len(terms)
+    loss = model.loss(batch, torch.Generator().manual_seed(3))
+    loss.backward()
+    found, _ = gradients(model)
+
+    w = losses.sample_weights(1, count, torch.Generator().manual_seed(3), faces=model.faces)
+    plain = 0
+    for shift in range(count):
+        shifted = w[:, [(k - shift) % count for k in range(count)]]
+        theta = model.hypernet(shifted)
+        result = losses.Result(
+            x_hat=model.image(batch.A.H(batch.y), batch.A, theta),
+            x=batch.target,
+            y=batch.y,
+            forward=batch.A,
+            weights=theta,
+        )
+        values = torch.stack([losses.TERMS[name].value(result).expand(3) for name in terms], 1)
+        plain = plain + ((values * shifted).sum(1) + 1e-6).log().mean() / count
+    plain.backward()
+    expected, _ = gradients(model)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    assert relative(found, expected) < 2e-5
+
+
+def kept(model, batch, seed=3):
+    """Which samples leave a gradient in their own generated weights, in one step of training."""
+    made, forward = [], model.hypernet.forward
+
+    def watched(v):
+        theta = forward(v)
+        for value in theta.values():
+            value.retain_grad()
+        made.append(theta)
+        return theta
+
+    model.hypernet.forward = watched
+    model.train().loss(batch, torch.Generator().manual_seed(seed)).backward()
+    model.hypernet.forward = forward
+    return [any(bool(value.grad[b].any()) for value in made[0].values()) for b in range(batch.y.shape[0])]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_data_driven_sampling_learns_from_the_best_of_the_batch_alone(criterion):
+    selection = {"keep": 0.5, "criterion": criterion}
+    batch = replace(example(batch=4), noise_std=torch.full((4,), 0.1))
+    model = small(terms=("dc", "tv", "l1"), selection=selection, objective="mean")
+    found = kept(model, batch)
+    generator = torch.Generator().manual_seed(3)
+    w = losses.sample_weights(4, 3, generator, faces=model.faces)
+    with torch.no_grad():
+        scores = model._scores(batch, batch.A.H(batch.y), model.hypernet(w), criterion, generator)
+    best = scores.argsort()[:2]
+    assert found == [b in best for b in range(4)]
+    assert float(model.histogram.sum()) == pytest.approx(1.0)
+    assert int(model.step) == 1
+    bins = (losses.lambdas_from_weights(w)[best] * 10).long().clamp(0, 9)
+    assert all(model.histogram[tuple(at)] > 0 for at in bins)
+
+
+def test_criteria_score_what_they_say():
+    batch = example(batch=2)
+    noisy = replace(batch, y=batch.y * 3, noise_std=torch.tensor([0.0, 0.2]))
+    model, generator = small(), torch.Generator().manual_seed(0)
+    theta = model.hypernet(torch.tensor([[0.5, 0.5]] * 2))
+    score = lambda e, c: model._scores(e, e.A.H(e.y), theta, c, generator).detach()
+    misfit, relative = score(noisy, "dc"), score(noisy, "relative-dc")
+    energy = noisy.y.abs().square().flatten(1).sum(1)
+    torch.testing.assert_close(misfit, relative * energy)
+    count = (noisy.y[1] != 0).sum()
+    expected = (misfit[1] / (count * 0.04) - 1).abs()
+    torch.testing.assert_close(score(noisy, "noise"), torch.stack([relative[0], expected]))
+    # With every sample shown there would be nothing to judge by; with one hidden in ten, the rest must predict it.
+    assert bool((score(noisy, "heldout") > relative).all())
+
+
+def test_soft_selection_weighs_by_score_and_schedules_come_first():
+    scores = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    soft = Selection(temperature=0.5).shares(scores)
+    assert float(soft.sum()) == pytest.approx(1.0)
+    assert soft.argsort(descending=True).tolist() == [0, 2, 3, 1]
+    assert Selection(keep=0.5).shares(scores).tolist() == [0.5, 0.0, 0.5, 0.0]
+
+    model = small(terms=("dc", "l1", "tv"), selection={"pair_steps": 1, "uniform_steps": 2, "keep": 0.34}).train()
+    first = model._draw(5, torch.Generator().manual_seed(0))
+    assert bool((first[:, 1] == 0).all()), "the first steps weigh the first and the last term alone"
+    torch.testing.assert_close(first.sum(1), torch.ones(5))
+    assert [sum(kept(model, example())) for _ in range(3)] == [3, 3, 1]
+    assert bool((model._draw(5, torch.Generator().manual_seed(0))[:, 1] > 0).any())
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [{"keep": 0.0}, {"criterion": "ssim"}, {"kept": 0.5}, {"temperature": -1.0}, {"pair_steps": -1}],
+    ids=str,
+)
+def test_impossible_selections_are_refused(selection):
+    with pytest.raises(errors.BadOption):
+        small(selection=selection)
+    with pytest.raises(errors.BadOption, match="selection"):
+        small(selection={}, antithetic=True)
+
+
+def test_the_plain_objective_is_the_weighted_sum():
+    model, batch = small(objective="mean", scales=[0.5, 2.0]).train(), example()
+    loss = float(model.loss(batch, torch.Generator().manual_seed(3)).detach())
+    w = losses.sample_weights(3, 2, torch.Generator().manual_seed(3), faces=model.faces)
+    with torch.no_grad():
+        result = losses.Result(x_hat=model.image(batch.A.H(batch.y), batch.A, model.hypernet(w)), x=batch.target)
+    values = torch.stack([losses.mae(result), losses.ssim(result)], 1)
+    assert loss == pytest.approx(float((values * w / torch.tensor([0.5, 2.0])).sum(1).mean()), rel=1e-5)
+    with pytest.raises(errors.BadOption, match="objective"):
+        small(objective="sum")
+
+
+def test_networks_that_couple_the_samples_refuse_what_needs_them_apart():
+    for change in ({"antithetic": True}, {"scales": "auto"}):
+        with pytest.raises(errors.BadOption, match=next(iter(change))):
+            small(NETWORKS["with batch norm"], **change)
 
 
 @pytest.mark.parametrize("main", NETWORKS.values(), ids=NETWORKS)

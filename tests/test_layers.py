@@ -11,19 +11,21 @@ import tunemri
 
 PACKAGE = Path(tunemri.__file__).parent
 LAYERS: list[set[str]] = [
-    {"errors", "files", "fourier", "transforms", "masks", "metrics", "solvers"},
+    {"errors", "files", "fourier", "transforms", "masks", "trajectories", "metrics", "solvers"},
+    {"nufft"},
     {"regularisers", "losses", "scan", "networks"},
     {"operators", "formats"},
     {"coils", "simulate"},
     {"methods"},
-    {"datasets", "training", "tuning", "evaluation"},
+    {"datasets", "training", "tuning", "evaluation", "landscape"},
     {"adapters", "plots", "report", "console", "demo", "scoring", "cli", "viewer", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# Within a row nobody imports a neighbour, but for these: errors serve all, training draws from datasets,
-# and the top row is itself a stair.
+# Within a row nobody imports a neighbour, but for these: errors serve all, training draws from datasets, a landscape
+# is made of the cases of evaluation, and the top row is itself a stair.
 NEIGHBOURS = {
     ("training", "datasets"),
+    ("landscape", "evaluation"),
     ("report", "plots"),
     ("demo", "plots"),
     ("demo", "report"),
@@ -32,6 +34,9 @@ NEIGHBOURS = {
     ("cli", "plots"),
     ("cli", "report"),
     ("cli", "scoring"),
+    ("cli", "viewer"),
+    ("viewer", "plots"),
+    ("methods", "viewer"),  # the one door upward: `model.view(scan)`, opened when it is called
     ("scoring", "plots"),
     ("scoring", "report"),
     ("__main__", "cli"),

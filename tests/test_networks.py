@@ -10,7 +10,7 @@ from laws import lines, random, relative
 from tunemri import errors
 from tunemri.networks import NETWORKS, HyperNetwork, UNet, Unrolled, apply_batched, build
 from tunemri.networks.conv import Conv
-from tunemri.networks.hypernet import BACKENDS, generated_names
+from tunemri.networks.hypernet import BACKENDS, FORMS, LAST, generated_names
 from tunemri.operators import Cartesian
 
 TINY = {"unet": {"name": "unet", "width": 4}, "unrolled": {"name": "unrolled", "stages": 2, "width": 4}}
@@ -120,10 +120,10 @@ class Odd(nn.Module):
         return x0 + self.gain * gram(torch.view_as_complex(z.contiguous()))
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_a_hypernetwork_for_any_main_network(residual):
+@pytest.mark.parametrize(("residual", "form"), [(False, "full"), *((True, form) for form in FORMS)])
+def test_a_hypernetwork_for_any_main_network(residual, form):
     net, shape = Odd(), (8, 9)
-    hypernet = HyperNetwork(net, 3, [5, 4], residual=residual)
+    hypernet = HyperNetwork(net, 3, [5, 4], residual=residual, form=form)
     w = torch.rand(2, 3)
     theta = hypernet(w)
     assert {k: tuple(v.shape[1:]) for k, v in theta.items()} == {k: tuple(p.shape) for k, p in net.named_parameters()}
@@ -131,20 +131,54 @@ def test_a_hypernetwork_for_any_main_network(residual):
     x = apply_batched(net, theta, x0, gram_of(A))
     x.abs().sum().backward()
     assert x.shape == x0.shape
-    assert all(p.grad is not None and bool(p.grad.any()) for p in hypernet.head.parameters())
+    assert all(p.grad is not None and bool(p.grad.any()) for p in hypernet.parameters())
     with pytest.raises(errors.BadOption, match="use loop"):
         apply_batched(net, theta, x0, gram_of(A), backend="grouped")
 
 
-def test_a_residual_hypernetwork_starts_at_the_main_network():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_residual_hypernetwork_starts_at_the_main_network(form):
     """θ(v) is θ₀ up to a tenth of its spread, at every setting; and it does depend on v."""
+    torch.manual_seed(0)
     net = UNet(4)
-    hypernet = HyperNetwork(net, 2, [16, 8])
+    hypernet = HyperNetwork(net, 2, [16, 8], form=form)
     corners = hypernet(torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]))
     for name, p in net.named_parameters():
         distance = (corners[name] - p).flatten(1).norm(dim=1)
         assert bool((distance <= 0.5 * p.std(correction=0).clamp(min=1e-3) * p.numel() ** 0.5 + 1e-6).all()), name
     assert not torch.equal(corners["trunk.last.weight"][0], corners["trunk.last.weight"][2])
+
+
+def test_light_forms_are_light_and_share_what_they_say():
+    net, v = UNet(8), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    own = parameters(net)
+    made = {form: HyperNetwork(net, 2, [8], form=form) for form in FORMS}
+    assert parameters(made["anchors"]) == 2 * own
+    assert max(parameters(made[form]) for form in ("film", "rank4")) < 2.5 * own < parameters(made["full"])
+    last = list(net.state_dict())[-LAST:]
+    follows = {name: not torch.equal(*value) for name, value in made["last"](v).items()}
+    assert follows == {name: name in last for name in follows}
+    middle = made["anchors"](torch.tensor([[0.25, 0.75]]))
+    ends = made["anchors"](torch.eye(2))
+    for name, value in middle.items():
+        torch.testing.assert_close(value[0], 0.25 * ends[name][0] + 0.75 * ends[name][1])
+    film, base = made["film"](v), made["film"]._split(made["film"].base[None])
+    ratio = film["trunk.last.weight"] / base["trunk.last.weight"]
+    torch.testing.assert_close(ratio, ratio[..., :1, :1, :1].expand_as(ratio))  # one gain per output channel
+    for form, residual in (("film", False), ("filmy", True)):
+        with pytest.raises(errors.BadOption):
+            HyperNetwork(net, 2, [8], form=form, residual=residual)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_starts_from_trained_weights(form):
+    torch.manual_seed(0)
+    net, hypernet = UNet(4), HyperNetwork(UNet(4), 2, [4], form=form)
+    weights = dict(net.named_parameters())
+    hypernet.start_from(weights)
+    for name, value in hypernet(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).items():
+        allowed = 0.1 * weights[name].std(correction=0).clamp(min=1e-3) * weights[name].numel() ** 0.5
+        assert bool(((value - weights[name]).flatten(1).norm(dim=1) <= allowed).all()), name
 
 
 def test_normalisation_layers_are_shared_not_generated():

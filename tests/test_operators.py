@@ -11,8 +11,19 @@ import torch
 from laws import SHAPES, adjoint, differentiable_twice, gram, inner, linear, lines, norm, random, relative, scan
 from tunemri import errors
 from tunemri.fourier import crop, fft2, fft2_raw, ifft2, pad, phase_ramp
-from tunemri.operators import Cartesian, Coils, Downsample, Fourier, Identity, LinearOperator, Mask, encoding
+from tunemri.operators import (
+    Cartesian,
+    Coils,
+    Downsample,
+    Fourier,
+    Identity,
+    LinearOperator,
+    Mask,
+    NonCartesian,
+    encoding,
+)
 from tunemri.simulate import coil_maps
+from tunemri.trajectories import golden
 
 COILS = 3
 
@@ -23,6 +34,10 @@ def maps(shape, batch=1, dtype=torch.complex64):
 
 def columns_mask(shape):
     return (torch.arange(shape[1]) % 3 == 0).float()[None, None, None]
+
+
+def spokes(shape, batch=1):
+    return golden(shape, 5 * batch).reshape(batch, -1, 2)
 
 
 # Name → (shape → operator). Mask acts on coil data; a leading axis of the image serves as its coils.
@@ -39,6 +54,15 @@ OPERATORS = {
     "cartesian-columns-coils": lambda s: Cartesian(columns_mask(s), maps(s)),
     "cartesian-a-mask-per-slice": lambda s: Cartesian(torch.cat((lines(s), lines(s, 4))), maps(s, 2)),
     "composition": lambda s: Mask(lines(s)) @ Fourier() @ Coils(maps(s)),
+    "non-cartesian": lambda s: NonCartesian(spokes(s), None, s),
+    "non-cartesian-coils": lambda s: NonCartesian(spokes(s), maps(s)),
+    "non-cartesian-a-trajectory-per-slice": lambda s: NonCartesian(spokes(s, 2), maps(s)),
+    "non-cartesian-weights": lambda s: NonCartesian(
+        spokes(s, 2), maps(s, 2), weights=1 + torch.arange(2 * spokes(s).shape[1]).reshape(2, -1) % 3
+    ),
+    "non-cartesian-weights-per-slice": lambda s: NonCartesian(
+        spokes(s), maps(s), weights=1 + torch.arange(2 * spokes(s).shape[1]).reshape(2, -1) % 3
+    ),
     "adjoint-of-composition": lambda s: (Fourier() @ Downsample(2, s)).H.H,
 }
 
@@ -57,7 +81,8 @@ class TestEveryOperator:
 
     def test_gram(self, name, shape):
         A, x, _ = self.setup(name, shape)
-        gram(A, x)
+        # Off the grid, the transform to samples and the one to the Gram kernel are each exact to 1e-5.
+        gram(A, x, 1e-5 if isinstance(A, NonCartesian) else 1e-6)
 
     def test_linear(self, name, shape):
         A, x, y = self.setup(name, shape)

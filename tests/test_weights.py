@@ -68,6 +68,7 @@ def test_every_method_with_weights_is_tested():
 
 
 @WITH_WEIGHTS
+@pytest.mark.filterwarnings("ignore:the image misses")  # of an untrained network
 def test_saved_and_loaded_gives_the_same_image_to_the_bit(name, tmp_path):
     model, s = build(name), scan((24, 27), coils=2, slices=2)
     path = tmp_path / "w.safetensors"

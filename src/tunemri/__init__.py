@@ -30,6 +30,7 @@ _CONTENTS = {
     # what there is, by name
     "METHODS": "methods",
     "MASKS": "masks",
+    "TRAJECTORIES": "trajectories",
     "METRICS": "metrics",
     "REGULARISERS": "regularisers",
     "TERMS": "losses",
@@ -42,8 +43,12 @@ _CONTENTS = {
     "sample": "simulate",
     "sweep": "evaluation",
     "evaluate": "evaluation",
+    "choose": "tuning",
+    "range_basis": "tuning",
+    "sensitivity": "tuning",
     "fit": "training",
     "bake": "methods.hyperrecon",
+    "view": "viewer",
     "TunemriError": "errors",
 }
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .evaluation import Contestant
     from .methods import Reconstructor
     from .scan import Reconstruction, Scan
+    from .viewer import Session
 
 __all__ = ["app", "main"]
 
@@ -48,7 +49,9 @@ OutputFolder = Annotated[Path, Option("-o", "--output", metavar="DIR", help="out
 Overwrite = Annotated[bool, Option("--overwrite", help="replace an existing output")]
 AsJson = Annotated[bool, Option("--json", help="one JSON object on standard output")]
 Slices = Annotated[str | None, Option("--slice", metavar="K or START:STOP", help="only these slices, counted from 0")]
-Csm = Annotated[str, Option("--csm", help="coil maps, where the scan has none: low-resolution, walsh, or a file")]
+Csm = Annotated[
+    str, Option("--csm", help="coil maps, where the scan has none: espirit, low-resolution, walsh, or a file")
+]
 ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]
 Extrapolate = Annotated[bool, Option("--extrapolate", help="allow dials outside their range")]
 Seed = Annotated[int, Option("--seed", min=0, max=2**62, help="of everything random")]
@@ -137,7 +140,7 @@ def info(
         print(json.dumps({"ok": True, "file": str(file), **console.plain(facts)}))
         return
     for name, value in facts.items():
-        if name in ("can", "cannot"):
+        if name in ("can", "cannot", "warnings"):
             for sentence in value:
                 print(f"{name:>14}  {console.one_line(str(sentence))}")
         elif isinstance(value, dict):
@@ -147,8 +150,39 @@ def info(
             for row in value:
                 shape = "×".join(map(str, row["shape"])) or "one"
                 print(f"{name:>14}  {console.one_line(row['name'])}: {shape} {row['dtype']}")
+        elif isinstance(value, bool):
+            print(f"{name:>14}  {'yes' if value else 'no'}")
         elif value not in (None, []):
             print(f"{name:>14}  {console.one_line(str(value))}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, Argument(metavar="IN", help="any readable scan or image")],
+    output: Output,
+    slices: Slices = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Save a scan or an image in another format, with mask, maps, trajectory, reference and geometry where it has them."""
+    from . import formats
+
+    _check_output(output, source, overwrite)
+    formats.check_writable(output, overwrite=overwrite)
+    cut = _slices(slices)
+    what = formats.read_either(source, slices=cut)
+    scan = None if isinstance(what, formats.Image) else what
+    keeps = scan is not None and output.suffix == ".h5"
+    reference = formats.read_reference(source, slices=cut) if keeps else None
+    notes = formats.write(output, what, reference=reference, overwrite=overwrite)
+    shape = list(what.data.shape if isinstance(what, formats.Image) else what.kspace.shape)
+    facts = {
+        "ok": True, "out": str(output), "out_sha256": files.sha256(output), "in": str(source),
+        "in_sha256": files.sha256(source), "slice": slices, "shape": shape, "provenance": what.provenance,
+        "acceleration": None if scan is None else scan.acceleration, "reference": reference is not None, **notes,
+    }  # fmt: skip
+    console.sidecar(output, facts, overwrite=overwrite)
+    _result(facts, as_json, f"{output}  {notes['content']} {'×'.join(map(str, shape))}")
 
 
 # ---------------------------------------------------------------- use
@@ -218,9 +252,10 @@ def recon(
     ] = None,
     settings: Annotated[list[str] | None, Option("--set", metavar="DIAL=VALUE", help="repeatable")] = None,
     source: Annotated[
-        Path | None, Option("--from", metavar="SIDECAR", help="repeat the settings of an earlier OUT.json")
+        Path | None,
+        Option("--from", metavar="SIDECAR", help="repeat the settings of an earlier OUT.json, or a pick: PICKS.json#2"),
     ] = None,
-    csm: Csm = "low-resolution",
+    csm: Csm = "espirit",
     reference: ReferenceFile = None,
     slices: Slices = None,
     seed: Seed = 0,
@@ -251,7 +286,7 @@ def recon(
     torch.manual_seed(seed)
     if source and slices is None:
         slices = earlier.get("slice")
-    if source and csm == "low-resolution":
+    if source and csm == "espirit":
         csm = earlier.get("csm", csm)
     chosen = _contestant(model, earlier.get("dials", {}), settings or [], extrapolate)
     chosen.model.to(device)
@@ -324,7 +359,7 @@ def sweep(
     metrics: Annotated[
         str, Option("--metrics", help="comma-separated, e.g. psnr,ssim,nmse,mae,hfen")
     ] = "psnr,ssim,mae,hfen",
-    csm: Csm = "low-resolution",
+    csm: Csm = "espirit",
     slices: Slices = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -365,12 +400,71 @@ def sweep(
 
 
 @app.command()
+def choose(
+    scan: ScanArgument,
+    model: Model,
+    by: Annotated[
+        str, Option("--by", metavar="CRITERION", help="heldout-kspace, discrepancy, sure, reference or diverse")
+    ] = "heldout-kspace",
+    output: Annotated[
+        Path | None, Option("-o", "--output", metavar="PICKS.json", help="a record that `recon --from` repeats")
+    ] = None,
+    settings: Annotated[list[str] | None, Option("--set", metavar="DIAL=VALUE", help="keep a dial there")] = None,
+    k: Annotated[int, Option("-k", min=1, help="of diverse: how many settings")] = 6,
+    within: Annotated[float, Option("--within", help="of diverse: dB of held-out error that a setting may lose")] = 1.0,
+    reference: ReferenceFile = None,
+    metric: Annotated[str, Option("--metric", help="of reference")] = "psnr",
+    csm: Csm = "espirit",
+    slices: Slices = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find a setting for one scan, with or without ground truth; or k good settings that differ most."""
+    import time
+
+    import torch
+
+    from . import tuning
+
+    _metrics(metric)
+    if output is not None:
+        if output.suffix != ".json":
+            raise errors.BadOption(f"found suffix {output.suffix!r}, expected .json", file=output, key="output")
+        if files.same_file(output, scan):
+            raise errors.BadOption("output and input are the same file", file=output, help="name another output")
+        files.check_target(output, overwrite=overwrite)
+    torch.manual_seed(seed)
+    contestant = _contestant(model, {}, settings or [], False)
+    data, truth = _load(scan, slices, csm, reference)
+    start = time.perf_counter()
+    with console.progress("choose") as bar:
+        choice = tuning.choose(
+            data, contestant.model, by=by, reference=truth, metric=metric, k=k, within=within,
+            fixed=contestant.dials, seed=seed, progress=bar,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    facts = {
+        "ok": True, "out": None if output is None else str(output), "scan": str(scan), "scan_sha256": files.sha256(scan),
+        "model": model, "model_sha256": _model_hash(model), "dials": choice.dials, "by": by, "reason": choice.reason,
+        "picks": [{"dials": pick} for pick in choice.picks], "tried": choice.rows, "csm": csm, "slice": slices, "seed": seed,
+        "acceleration": data.acceleration, "provenance": data.provenance, "seconds": seconds,
+    }  # fmt: skip
+    if output is not None:
+        # The picks are a sidecar themselves: what `recon --from` needs lies at the top, for the first of them.
+        console.sidecar(output.with_suffix(""), facts, overwrite=overwrite)
+    more = f"  {len(choice.picks)} picks" if len(choice.picks) > 1 else ""
+    where = f"{output}  " if output is not None else ""
+    _result(facts, as_json, f"{where}{_words(choice.dials)}{more}  {by}: {choice.reason}  {seconds:.1f} s")
+
+
+@app.command()
 def compare(
     scan: ScanArgument,
     model: Models,
     output: Output,
     reference: ReferenceFile = None,
-    csm: Csm = "low-resolution",
+    csm: Csm = "espirit",
     slices: Slices = None,
     metrics: Annotated[str, Option("--metrics", help="comma-separated")] = "psnr,ssim",
     overwrite: Overwrite = False,
@@ -409,6 +503,88 @@ def compare(
         "\n".join("  ".join(line) for line in evaluation.table(evaluation.summarise(rows))) if truth is not None else ""
     )
     _result(facts, as_json, f"{output}\n{shown}".strip())
+
+
+@app.command()
+def view(
+    scan: Annotated[
+        Path | None, Argument(metavar="[SCAN]", help="any readable k-space file; without one, the embedded sample")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="repeatable: bundled name, file, or method[:dial=value]; default hyper-brain and tv",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None, Option("--port", metavar="P", min=1, max=65535, help="default 8765, or any free one")
+    ] = None,
+    no_open: Annotated[bool, Option("--no-open", help="print the link, open no browser")] = False,
+    csm: Csm = "espirit",
+    reference: ReferenceFile = None,
+) -> None:
+    """Turn the dials in your browser: A, B and their difference, the range, what you keep. For this machine only."""
+    import os
+    import webbrowser
+
+    from . import viewer
+
+    sock = viewer.listen(port)
+    session = _session(scan, model or ["hyper-brain", "tv"], csm=csm, reference=reference)
+    here = sock.getsockname()[1]
+
+    def started(url: str) -> None:
+        print(url, flush=True)
+        if "SSH_CONNECTION" in os.environ:
+            console.say(f"from your own machine: ssh -L {here}:127.0.0.1:{here} HOST, then open the link there")
+        console.say("the link works once, on this machine; Ctrl-C ends")
+        if not no_open and "SSH_CONNECTION" not in os.environ:
+            webbrowser.open(url)
+
+    try:
+        viewer.serve(session, sock, started)
+    finally:
+        for pick in session.state.get("kept", []):
+            console.say(f"kept: {session.command(pick)}" + (f"  # {pick['note']}" if pick["note"] else ""))
+
+
+@app.command()
+def export(
+    scan: ScanArgument,
+    model: Model,
+    output: Annotated[Path, Option("-o", "--output", metavar="RANGE.html", help="the file to write")],
+    csm: Csm = "espirit",
+    reference: ReferenceFile = None,
+    slices: Annotated[str | None, Option("--slice", metavar="K", help="which slice; default the middle one")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file with live dials, for anybody with a browser and no network; it says how exact it is."""
+    from . import viewer
+
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise errors.BadOption(f"found suffix {output.suffix!r}, expected .html", file=output, key="output")
+    _check_output(output, scan, overwrite)
+    session = _session(scan, [model], csm=csm, reference=reference)
+    cut = _slices(slices)
+    index = len(session.scan) // 2 if cut is None else cut.start
+    if index >= len(session.scan) or (cut is not None and cut.stop != index + 1):
+        raise errors.BadOption(f"found {slices!r}, expected one of {len(session.scan)} slices", key="slice")
+    facts = viewer.export(output, session, index=index, overwrite=overwrite)
+    facts = {
+        "ok": True, "out": str(output), "out_sha256": files.sha256(output), "scan": str(scan), "scan_sha256": files.sha256(scan),
+        "model": model, "model_sha256": _model_hash(model), "slice": index, "csm": csm, **facts,
+    }  # fmt: skip
+    console.sidecar(output, facts, overwrite=overwrite)
+    worst = "exact" if facts["checked_db"] is None else f"{facts['checked_db']:.1f} dB"
+    _result(
+        facts, as_json,
+        f"{output}  {facts['bytes'] / 1e6:.2f} MB  {facts['settings']} settings  {facts['components']} components  "
+        f"worst rebuild error: PSNR {worst}",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- research
@@ -478,6 +654,24 @@ def evaluate(
         int,
         Option("--grid", min=0, help="points along the dial of each trained model; 0: its given or default setting"),
     ] = 0,
+    landscape: Annotated[
+        int,
+        Option(
+            "--landscape",
+            min=0,
+            metavar="N",
+            help="score N settings along each free dial (at most two) of each method: maps, area and range curves, "
+            "far pairs, self-consistency; 0: none",
+        ),
+    ] = 0,
+    thresholds: Annotated[
+        str | None,
+        Option("--thresholds", metavar="DB,DB,…", help="of the area and range curves; default every 0.25 dB"),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        Option("--state", metavar="DIR", help="keeps unfinished landscapes: the same command then goes on from there"),
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         Option("--fail-under", metavar="METRIC=VALUE", help="exit 5 unless the first model's mean reaches it"),
@@ -485,7 +679,7 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score methods on images that are undersampled here: table.md, rows.csv, curves and report.html."""
+    """Score methods on images that are undersampled here: table.md, rows.csv, curves, landscapes and report.html."""
     from . import scoring
 
     gates = dict(_pair(text, "fail-under") for text in fail_under or [])
@@ -495,8 +689,17 @@ def evaluate(
         folder=data, sources=tuple(sources.split(",")) if sources else (), limit=limit, coils=coils, noise=noise,
         seed=seed, masks=tuple(masks or ["poisson:4"]),
     )  # fmt: skip
+    levels = tuple(_number(text, "thresholds") for text in (thresholds or "").split(",") if text)
+    if not landscape and (levels or state):
+        raise errors.BadOption(
+            "--thresholds and --state belong to a landscape", key="landscape", help="--landscape 100"
+        )
+    kept = files.make_folder(state) if state else None
+    atlas = scoring.Atlas(points=landscape, thresholds=levels, state=kept) if landscape else None
     with console.progress("evaluate") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
-        rows, text = scoring.run(contestants, plan, folder, metrics=names, tune=tune, grid=grid, progress=bar)
+        rows, text = scoring.run(
+            contestants, plan, folder, metrics=names, tune=tune, grid=grid, atlas=atlas, progress=bar
+        )
         means = scoring.means(rows, contestants[0].name, names)
         failed = scoring.below(means, {name: _number(value, name) for name, value in gates.items()})
         facts = {
@@ -582,12 +785,28 @@ def _recon_one(
         "model": chosen.name, "model_sha256": _model_hash(chosen.name), "dials": dict(out.dials), "csm": csm, "slice": slices,
         "seed": seed, "extrapolate": extrapolate, "device": device, "shape": list(image.shape),
         "coils": data.coils, "provenance": data.provenance,
-        "acceleration": data.acceleration, "scale": out.stats.get("scale"),
+        "acceleration": data.acceleration, "scale": out.stats.get("scale"), "certificate": out.stats.get("certificate"),
         "residual": None if out.residual is None else float(out.residual.mean()),
         "status": out.status, "metrics": scores, "seconds": seconds, **notes,
     }  # fmt: skip
     console.sidecar(target, facts, overwrite=overwrite)
     return facts
+
+
+def _session(scan: Path | None, model: list[str], *, csm: str, reference: Path | None) -> Session:
+    """What the viewer shows; without a scan, the embedded sample with its reference."""
+    import importlib.resources
+
+    from . import viewer
+
+    path = Path(str(importlib.resources.files("tunemri") / "sample" / "brain.h5")) if scan is None else scan
+    contestants = [_contestant(text, {}, [], False) for text in model]
+    data, truth = _load(path, None, csm, reference)
+    digest = files.sha256(path)
+    return viewer.Session(
+        data, contestants, reference=truth, title=path.name if scan is not None else "the embedded sample",
+        source=viewer.Source(path=str(path), sha256=digest, csm=csm), hashes={c.name: _model_hash(c.name) for c in contestants},
+    )  # fmt: skip
 
 
 def _scores(image: Tensor, truth: Tensor) -> dict[str, float]:
@@ -627,7 +846,7 @@ def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> t
         if csm in coils.MAPS:
             # Estimated here, once, for all that is done with this scan.
             scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
-        elif csm in ("espirit", "joint"):
+        elif csm == "joint":
             raise errors.BadOption(f"{csm} is not available yet", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
         elif Path(csm).exists():
             maps = formats.read_maps(Path(csm))
@@ -770,16 +989,30 @@ def _check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
+    """The facts beside an output, or those of one pick: `picks.json#2` is the second, `picks.json` the first."""
+    name, mark, number = path.name.rpartition("#")
+    numbered = mark and not path.exists()
+    path = path.with_name(name) if numbered else path
     files.check(path)
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        if numbered:
+            facts = {**facts, **facts["picks"][_pick(number, len(facts["picks"]), path)]}
         if not isinstance(facts, dict) or not isinstance(facts["model"], str) or not isinstance(facts["dials"], dict):
             raise KeyError
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise errors.UnreadableFile(
-            "not a sidecar of `tunemri recon`", file=path, help="use the OUT.json beside an output"
-        ) from None
+            "not a sidecar of `tunemri recon`, nor picks of `tunemri choose`", file=path,
+            help="use the OUT.json beside an output",
+        ) from None  # fmt: skip
     return facts
+
+
+def _pick(text: str, count: int, path: Path) -> int:
+    number = _whole(text, "from")
+    if not 1 <= number <= count:
+        raise errors.BadOption(f"found #{number}, expected 1 to {count}", file=path, key="from")
+    return number - 1
 
 
 def _stem(path: Path) -> str:

@@ -1,21 +1,43 @@
-"""Coil sensitivity maps, estimated from the centre of k-space that every ordinary scan samples completely.
+"""What concerns the receive coils: sensitivity maps, noise and its whitening, compression to fewer virtual coils.
 
-Each function takes k-space `(B, C, H, W)` and its mask and returns maps `(B, C, H, W)` with Σ_c |S_c|² = 1 in every
-pixel, slice by slice. `MAPS` lists them by the names that the command line takes.
+Maps are estimated from the centre of k-space that every ordinary scan samples completely. Each function of `MAPS`
+takes k-space `(B, C, H, W)` and its mask and returns maps `(B, C, H, W)` with Σ_c |S_c|² = 1 in every pixel, slice by
+slice. `MAPS` lists them by the names that the command line takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import errors
+from . import errors, fourier
 from .fourier import ifft2
+from .scan import Scan
 
-__all__ = ["MAPS", "low_resolution_maps", "walsh_maps"]
+__all__ = [
+    "MAPS",
+    "complete_block",
+    "compress",
+    "compress_scan",
+    "espirit_maps",
+    "estimate_covariance",
+    "low_resolution_maps",
+    "noise_covariance",
+    "poorly_calibrated",
+    "prewhiten",
+    "walsh_maps",
+    "whiten_scan",
+]
+
+_LEAST = 6  # side of the smallest block worth calling a calibration
+_GRID = 96  # points per axis on which ESPIRiT's matrices are decomposed: nine times what their 11×11 terms need
+_VISIBLE = 0.05  # of the brightest pixel: what nobody may lose
+_CHUNK = 2**22  # matrix entries decomposed at once: 32 MB, and a few times that for the products
 
 
 def low_resolution_maps(kspace: Tensor, mask: Tensor, *, calibration: int = 24) -> Tensor:
@@ -68,39 +90,303 @@ def walsh_maps(kspace: Tensor, mask: Tensor, *, calibration: int = 24, window: i
     return torch.cat([_dominant(image, window) for image in images])
 
 
+def espirit_maps(
+    kspace: Tensor,
+    mask: Tensor,
+    *,
+    calibration: int = 24,
+    kernel: int = 6,
+    threshold: float = 1e-3,
+    crop: float = 0.8,
+    cut: bool = False,
+) -> Tensor:
+    """Maps under which the calibration data agree with themselves: the first set of ESPIRiT.
+
+        W(p) S(p) = λ(p) S(p),    W_cd(p) = 1/k² Σ_ij P_(c,i)(d,j) e^{2πi p (i - j) / N}
+
+    The k×k patches of the calibration block, all coils in one vector, span a small space; P projects onto it.
+    Projecting every patch of k-space and averaging the overlaps multiplies the coil images at pixel p by the C×C
+    matrix W(p). Data of one object come back unchanged, so their maps are the eigenvector of eigenvalue 1.
+
+    W(p) is a Fourier series of 2k - 1 terms each way. It is decomposed on a grid of at most 96×96 and the maps are
+    interpolated from there, which costs the same whatever the size of the image. The phase is the one nearest to
+    `low_resolution_maps`, which varies smoothly.
+
+    Outside the object λ falls and S means nothing. The low-resolution maps take over there, smoothly, as λ falls
+    from `crop` to `crop` - 0.2: with them, an image that is dark stays an image that can be seen. `cut` makes the maps
+    zero instead, as BART does, where λ < `crop` and the low-resolution image is darker than 5 % of its maximum. That
+    takes unknowns away, which helps TV, but what is dim there is lost and disturbs the rest.
+
+    The block is the largest complete one, see `complete_block`. Of a narrow block the kernel spans a third: enough
+    patches must be left to tell signal from noise. Without a block of 6×6, the low-resolution maps are returned.
+
+    Arguments:
+        kspace: complex `(B, C, H, W)`, zero where not sampled.
+        mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled.
+        calibration: largest side of the block, in samples, ≥ 1.
+        kernel: side k of a patch, in samples, ≥ 2.
+        threshold: energy, relative to the largest, below which a direction of the patches counts as noise, in [0, 1).
+        crop: smallest eigenvalue of a pixel in the object, in [0, 1].
+        cut: set the maps to zero outside the object.
+
+    Returns:
+        csm: complex `(B, C, H, W)`, Σ_c |S_c|² = 1, or 0 outside the object with `cut`.
+
+    Raises:
+        BadOption: an argument out of range.
+
+    Source: M. Uecker, P. Lai, M. J. Murphy, P. Virtue, M. Elad, J. M. Pauly, S. S. Vasanawala, M. Lustig,
+    "ESPIRiT: an eigenvalue approach to autocalibrating parallel MRI: where SENSE meets GRAPPA", 2014.
+    """
+    if kernel < 2:
+        raise errors.BadOption(f"found {kernel}, expected a whole number ≥ 2", key="kernel")
+    for name, value, good in (("threshold", threshold, 0 <= threshold < 1), ("crop", crop, 0 <= crop <= 1)):
+        if not good:
+            raise errors.BadOption(f"found {value}, expected a number from 0 to 1", key=name)
+    shape = (kspace.shape[-2], kspace.shape[-1])
+    maps = []
+    for y, sampled in zip(kspace, mask.expand(len(kspace), -1, -1, -1), strict=True):
+        sides = complete_block(sampled[0], shape, calibration=calibration)
+        block = fourier.crop(y, sides or (0, 0))
+        if not bool(block.any()):
+            maps.append(low_resolution_maps(y[None], sampled[None], calibration=calibration)[0])
+        else:
+            k = tuple(min(kernel, (side + 2) // 3) for side in block.shape[-2:])
+            maps.append(_espirit(block / block.abs().amax(), shape, k, threshold, crop, cut))
+    return torch.stack(maps)
+
+
 MAPS: dict[str, Callable[..., Tensor]] = {
     "low-resolution": low_resolution_maps,
     "walsh": walsh_maps,
+    "espirit": espirit_maps,
 }
 
 
-def _low_resolution_images(kspace: Tensor, mask: Tensor, calibration: int) -> Tensor:
+def complete_block(mask: Tensor, shape: tuple[int, int], *, calibration: int = 24) -> tuple[int, int] | None:
+    """Sides of the largest block around zero frequency that is completely sampled, none longer than `calibration`.
+
+    Arguments:
+        mask: real `(H or 1, W)`, 1 where sampled.
+        shape: `(H, W)`.
+        calibration: largest side, in samples, ≥ 1.
+
+    Returns:
+        `(rows, columns)`; None where not even 6×6 (or the whole axis, where it is shorter) is complete.
+
+    Raises:
+        BadOption: `calibration` < 1.
+    """
     if calibration < 1:
         raise errors.BadOption(f"found {calibration}, expected a whole number ≥ 1", key="calibration")
-    h, w = kspace.shape[-2:]
-    sampled = mask.expand(-1, -1, h, w)[:, 0] > 0
-    windows = torch.stack([_window(m, calibration) for m in sampled])
-    return ifft2(kspace * windows[:, None].to(kspace.real.dtype))
-
-
-def _window(sampled: Tensor, calibration: int) -> Tensor:
-    """Hann window `(H, W)` over the largest completely sampled block around zero frequency."""
-    h, w = sampled.shape
-    sides = [torch.arange(1, min(calibration, size) + 1) for size in (h, w)]
-    first = [size // 2 - side // 2 for size, side in zip((h, w), sides, strict=True)]
+    h, w = shape
+    sides = [torch.arange(1, min(calibration, size) + 1) for size in shape]
+    first = [size // 2 - side // 2 for size, side in zip(shape, sides, strict=True)]
     # Gaps in the block of every size at once, from the counts over all rectangles that start at the origin.
-    counts = F.pad((~sampled).cpu().long().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    counts = F.pad((mask.expand(h, w) == 0).cpu().long().cumsum(0).cumsum(1), (1, 0, 1, 0))
     (top, left), (bottom, right) = first, (start + side for start, side in zip(first, sides, strict=True))
     down = counts[bottom] - counts[top]
     gaps = down[:, right] - down[:, left]
     area = (gaps == 0) * sides[0][:, None] * sides[1]
     best = (int(area.argmax()) // len(sides[1]) + 1, int(area.argmax()) % len(sides[1]) + 1)
-    if not bool(area.any()) or best[0] < min(6, h) or best[1] < min(6, w):
-        best = (len(sides[0]), len(sides[1]))
-    window = torch.zeros(h, w, device=sampled.device)
-    y, x = h // 2 - best[0] // 2, w // 2 - best[1] // 2
-    window[y : y + best[0], x : x + best[1]] = _hann(best[0])[:, None] * _hann(best[1])
-    return window
+    if not bool(area.any()) or best[0] < min(_LEAST, h) or best[1] < min(_LEAST, w):
+        return None
+    return best
+
+
+def poorly_calibrated(mask: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether some slice has neither a complete block nor three quarters of its central 8×8 samples.
+
+    Maps then miss over a tenth of the coil images, and half where samples lie uniformly at random.
+
+    Arguments:
+        mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled.
+        shape: `(H, W)`.
+    """
+    return any(
+        complete_block(m[0], shape) is None and float(fourier.crop(m.expand(1, *shape), (8, 8)).double().mean()) < 0.75
+        for m in mask
+    )
+
+
+def noise_covariance(noise: Tensor) -> Tensor:
+    """Covariance of the receivers from samples that hold noise alone, Ψ = 1/n Σ n nᴴ.
+
+    Arguments:
+        noise: complex `(B, C, *)`, from an acquisition without excitation.
+
+    Returns:
+        covariance: complex, Hermitian `(C, C)`.
+
+    Raises:
+        NoData: fewer than C samples per coil, which leave the covariance singular.
+    """
+    n = _samples(noise)
+    if n.shape[1] < len(n):
+        raise errors.NoData(f"found {n.shape[1]} samples of {len(n)} coils, expected as many or more", key="noise")
+    return n @ n.mH / n.shape[1]
+
+
+def estimate_covariance(kspace: Tensor, mask: Tensor | None = None, *, share: float = 0.1) -> Tensor:
+    """Covariance of the noise from the outermost samples of a scan, where there is least signal.
+
+        Ψ ← C/n Σ y yᴴ / (yᴴ Ψ⁻¹ y)
+
+    Each sample counts by its direction only (Tyler), so that a few with signal cannot spoil it; the level is set
+    by the median of yᴴ Ψ⁻¹ y, as the median absolute deviation does for one coil. What signal remains out there is
+    taken for noise: an upper estimate, good where k-space reaches the noise floor.
+
+    Arguments:
+        kspace: complex `(B, C, H, W)`, zero where not sampled.
+        mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled; None takes every sample that is not zero.
+        share: of the samples, the outermost, to use; in (0, 1].
+
+    Returns:
+        covariance: complex, Hermitian `(C, C)`, one for all slices: the receivers are the same.
+
+    Raises:
+        NoData: fewer than 10 C of those samples hold anything (a scanner that filled up with zeros, say).
+        BadOption: `share` out of range.
+
+    Source: D. E. Tyler, "A distribution-free M-estimator of multivariate scatter", 1987.
+    """
+    if not 0 < share <= 1:
+        raise errors.BadOption(f"found {share}, expected a number in (0, 1]", key="share")
+    b, c, h, w = kspace.shape
+    y, x = ((torch.arange(size, device=kspace.device) - size // 2) / size for size in (h, w))
+    sampled = kspace.abs().amax(1) > 0
+    if mask is not None:
+        sampled &= mask.expand(b, -1, h, w)[:, 0] > 0
+    radius = torch.where(sampled, (y[:, None] ** 2 + x**2).sqrt(), -1.0)
+    count = min(math.ceil(share * int(sampled.sum())), 20_000)
+    if count < 10 * c:
+        raise errors.NoData(
+            f"{count} outer samples of {c} coils hold data, expected at least {10 * c}", key="kspace",
+            help="give the covariance of a noise acquisition, or a larger share",
+        )  # fmt: skip
+    outer = _samples(kspace)[:, radius.flatten().topk(count).indices].to(torch.complex128)
+    psi = torch.eye(c, dtype=outer.dtype, device=outer.device)
+    for _ in range(30):
+        distance = (outer.conj() * torch.linalg.solve(psi, outer)).sum(0).real
+        psi = c / count * (outer / distance) @ outer.mH
+    distance = (outer.conj() * torch.linalg.solve(psi, outer)).sum(0).real
+    # Of white noise in C coils the distance is a Gamma variable of shape C; this is its median.
+    psi = psi * distance.median() / (c - 1 / 3 + 8 / (405 * c))
+    return psi.to(kspace.dtype)
+
+
+def prewhiten(kspace: Tensor, covariance: Tensor) -> Tensor:
+    """Combine the coils to ones whose noise is uncorrelated and of unit variance: L⁻¹ y with Ψ = L Lᴴ.
+
+    Arguments:
+        kspace: complex `(B, C, *)`.
+        covariance: Ψ, Hermitian `(C, C)`, see `noise_covariance` and `estimate_covariance`.
+
+    Returns:
+        the same shape, in units of the noise.
+
+    Raises:
+        InconsistentShapes: not C×C. BadOption: not positive definite.
+    """
+    return _mix(_whitening(covariance, kspace.shape[1]), kspace)
+
+
+def whiten_scan(scan: Scan, covariance: Tensor | None = None) -> Scan:
+    """A scan with noise that is uncorrelated and equal in all coils, at the level of their geometric mean.
+
+    Arguments:
+        scan: what was measured; its maps, where known, are carried along.
+        covariance: of the noise, `(C, C)`; None estimates it from the outer k-space.
+
+    Raises:
+        As `prewhiten` and `estimate_covariance`; MissingKey: non-Cartesian data without a covariance.
+    """
+    if covariance is None:
+        if scan.trajectory is not None:
+            raise errors.MissingKey("non-Cartesian data need the covariance of their noise", key="covariance")
+        covariance = estimate_covariance(scan.kspace, scan.mask)
+    W = _whitening(covariance, scan.coils)
+    noise_std = float(W.diagonal().abs().double().log().mean().neg().exp())
+    return _mixed(scan, W * noise_std, noise_std)
+
+
+def compress(kspace: Tensor, coils: int) -> Tensor:
+    """The few combinations of the coils that hold most of the energy: Uᴴ y, from the singular vectors of each slice.
+
+    The combinations are orthonormal, so white noise stays white.
+
+    Arguments:
+        kspace: complex `(B, C, *)`.
+        coils: how many to keep, ≥ 1; C or more changes nothing.
+
+    Returns:
+        virtual coils `(B, min(coils, C), *)`, the strongest first.
+
+    Raises:
+        BadOption: `coils` < 1.
+
+    Source: M. Buehrer, K. Pruessmann, P. Boesiger, S. Kozerke, "Array compression for MRI with large coil arrays",
+    2007.
+    """
+    return kspace if coils >= kspace.shape[1] else _mix(_compression(kspace, coils), kspace)
+
+
+def compress_scan(scan: Scan, coils: int) -> Scan:
+    """A scan with at most `coils` virtual coils, see `compress`; its maps, where known, are carried along."""
+    return scan if coils >= scan.coils else _mixed(scan, _compression(scan.kspace, coils), scan.noise_std)
+
+
+def _samples(kspace: Tensor) -> Tensor:
+    """`(B, C, *)` → `(C, all samples)`."""
+    return kspace.movedim(1, 0).flatten(1)
+
+
+def _whitening(covariance: Tensor, coils: int) -> Tensor:
+    if covariance.shape != (coils, coils):
+        raise errors.InconsistentShapes(
+            f"found {tuple(covariance.shape)}, expected ({coils}, {coils}): one row per coil", key="covariance"
+        )
+    L, failed = torch.linalg.cholesky_ex(covariance.to(torch.complex128))
+    if bool(failed) or not bool(torch.isfinite(torch.view_as_real(L)).all()):
+        raise errors.BadOption(
+            "not positive definite", key="covariance", help="a dead coil, or fewer noise samples than coils?"
+        )
+    return torch.linalg.solve_triangular(L, torch.eye(coils).to(L), upper=False)
+
+
+def _compression(kspace: Tensor, coils: int) -> Tensor:
+    """Uᴴ `(B, coils, C)` of the dominant singular vectors of each slice."""
+    if coils < 1:
+        raise errors.BadOption(f"found {coils}, expected a whole number ≥ 1", key="coils")
+    y = kspace.flatten(2)
+    y = y / y.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(y.real.dtype).tiny)
+    U = torch.linalg.eigh((y @ y.mH).to(torch.complex128)).eigenvectors.flip(-1)[..., :coils]
+    # A singular vector has no phase of its own: make its largest entry positive, whatever the library returned.
+    largest = U.gather(1, U.abs().argmax(1, keepdim=True))
+    return (U * (largest.conj() / largest.abs())).mH
+
+
+def _mix(combine: Tensor, x: Tensor) -> Tensor:
+    """Combinations `(B or 1, C', C)` of the coils of `(B, C, *)`."""
+    return (combine.to(x) @ x.flatten(2)).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _mixed(scan: Scan, combine: Tensor, noise_std: float | None) -> Scan:
+    csm = None if scan.csm is None else _mix(combine, scan.csm.expand(len(scan), -1, -1, -1))
+    return replace(scan, kspace=_mix(combine, scan.kspace), csm=csm, noise_std=noise_std)
+
+
+def _low_resolution_images(kspace: Tensor, mask: Tensor, calibration: int) -> Tensor:
+    h, w = kspace.shape[-2:]
+    windows = torch.stack([_window(m[0], (h, w), calibration) for m in mask])
+    return ifft2(kspace * windows[:, None].to(kspace.real.dtype))
+
+
+def _window(mask: Tensor, shape: tuple[int, int], calibration: int) -> Tensor:
+    """Hann window `(H, W)` over the calibration block, or over a block of full width with its gaps."""
+    block = complete_block(mask, shape, calibration=calibration)
+    rows, columns = block or (min(calibration, size) for size in shape)
+    return fourier.pad(_hann(rows)[:, None] * _hann(columns), shape).to(mask.device)
 
 
 def _hann(size: int) -> Tensor:
@@ -123,6 +409,80 @@ def _dominant(image: Tensor, window: int) -> Tensor:
     s = _unit(s[..., 0].T.reshape(1, c, h, w))
     overlap = (s.conj() * start).sum(1, keepdim=True)
     return s * torch.polar(torch.ones_like(overlap.real), overlap.angle())
+
+
+def _espirit(
+    block: Tensor, shape: tuple[int, int], k: tuple[int, ...], threshold: float, crop: float, cut: bool
+) -> Tensor:
+    """Maps `(C, H, W)` of one slice from its calibration block `(C, h, w)`, scaled to a maximum of 1."""
+    c, height, width = block.shape
+    grid = [min(size, _GRID) for size in shape]
+    coefficients = _projection(block, k, threshold)
+    low = _synthesis(block * (_hann(height)[:, None] * _hann(width)).to(block), grid)
+    rss = low.abs().square().sum(0).sqrt()
+    pieces = []
+    step = max(1, _CHUNK // (c * c * grid[1]))
+    for top in range(0, grid[0], step):
+        rows = slice(top, top + step)
+        W = _synthesis(coefficients, grid, rows).permute(2, 3, 0, 1)  # (rows, columns, C, C)
+        power = W
+        for _ in range(6):  # W^64: what differs by 5 % in eigenvalue differs by 10³ in energy
+            power = power / _trace(power).clamp(min=1e-30)
+            power = power @ power
+        # The projection of the low-resolution maps onto the eigenvector has the phase that we want it to have.
+        s = power @ low[:, rows].permute(1, 2, 0)[..., None]
+        s = s / torch.linalg.vector_norm(s, dim=-2, keepdim=True).clamp(min=1e-30)
+        eigenvalue = (s.mH @ W @ s).real[..., 0]
+        pieces.append(torch.cat((s[..., 0], eigenvalue), -1).permute(2, 0, 1))
+    found = torch.cat(pieces, 1)
+    s, eigenvalue = found[:c], found[c].real
+    if not cut:
+        inside = ((eigenvalue - crop) / 0.2 + 1).clamp(0, 1)
+        s = inside * s + (1 - inside) * _unit(low[None])[0]
+    planes = torch.cat((s.real, s.imag, eigenvalue[None], rss[None]))
+    planes = _cubic(shape[0], grid[0]).to(planes) @ planes @ _cubic(shape[1], grid[1]).to(planes).T
+    csm = _unit(torch.complex(planes[:c], planes[c : 2 * c])[None])[0]
+    return csm * ((planes[-2] >= crop) | (planes[-1] > _VISIBLE * rss.amax())) if cut else csm
+
+
+def _projection(block: Tensor, k: tuple[int, ...], threshold: float) -> Tensor:
+    """Σ_{i-j=Δ} P_(c,i)(d,j) / k², `(C, C, 2k-1, 2k-1)`: what W(p) is made of."""
+    c = len(block)
+    patches = block.unfold(1, k[0], 1).unfold(2, k[1], 1).permute(0, 3, 4, 1, 2).reshape(c * k[0] * k[1], -1)
+    # The decomposition of the smaller of the two products gives the same space.
+    tall = patches.shape[0] > patches.shape[1]
+    energy, vectors = torch.linalg.eigh(patches.mH @ patches if tall else patches @ patches.mH)
+    keep = energy > threshold * energy[-1]
+    V = vectors[:, keep]
+    if tall:
+        V = patches @ V / energy[keep].sqrt()
+    P = (V @ V.mH).reshape(c, *k, c, *k).flip(-2, -1)
+    total = P.new_zeros(c, c, 2 * k[0] - 1, 2 * k[1] - 1)
+    for i in range(k[0]):
+        for j in range(k[1]):
+            total[:, :, i : i + k[0], j : j + k[1]] += P[:, i, j]
+    return total / (k[0] * k[1])
+
+
+def _synthesis(coefficients: Tensor, grid: list[int], rows: slice = slice(None)) -> Tensor:
+    """Fourier series `(…, n, m)`, zero frequency at n // 2, evaluated on (some rows of) a grid over the field of view."""
+    waves = []
+    for n, size in zip(coefficients.shape[-2:], grid, strict=True):
+        place, order = torch.arange(size) - size // 2, torch.arange(n) - n // 2
+        waves.append(torch.exp(2j * torch.pi * place[:, None] * order / size).to(coefficients))
+    return waves[0][rows] @ coefficients @ waves[1].T
+
+
+def _cubic(size: int, grid: int) -> Tensor:
+    """Matrix `(size, grid)` of periodic cubic convolution between points centred at index N // 2; identity if equal."""
+    place = (torch.arange(size) - size // 2) * (grid / size) + grid // 2
+    t = ((place[:, None] - torch.arange(grid) + grid / 2) % grid - grid / 2).abs()
+    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    return torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+
+
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
 
 
 def _unit(images: Tensor) -> Tensor:

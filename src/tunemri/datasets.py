@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,15 @@ class Example:
         y: measured data `(B, C, H, W)`.
         A: its operator.
         target: ground truth, complex `(B, H, W)`, or None.
+        noise_std: standard deviation of the complex noise in y (√E|n|²), `(B,)`, or None: unknown.
+        upper: a second batch, of other images, for methods whose training is a problem in two levels.
     """
 
     y: Tensor
     A: LinearOperator
     target: Tensor | None = None
+    noise_std: Tensor | None = None
+    upper: Example | None = None
 
 
 def _planes(z: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -142,13 +146,18 @@ class Sampler:
         images: by source, as from `load_images`; sources are drawn in proportion to the root of their size.
         batch: samples per step.
         size: edge of the square training matrix, in pixels.
-        masks: families in `masks.MASKS`, equally often; name one twice to draw it twice as often.
+        masks: families in `masks.MASKS`, equally often; name one twice to draw it twice as often. Besides, "full", all
+            of k-space (for denoising), and "centre", a central block with 1 / acceleration of it (for superresolution).
         acceleration: `(lo, hi)`, drawn log-uniformly.
         noise: `(lo, hi)` standard deviation of the noise over the image maximum, log-uniform; a quarter of the
-            samples has none.
+            samples has none, unless lo = hi.
         coils: largest number of coils; half of the batches have one coil.
         bank: number of masks of each family, and of coil arrays, made beforehand (a Poisson disk takes longer than a step).
         seed: of the mask bank and of the run.
+        ratios: sampling ratios instead of `acceleration`: sample b of a batch has the b-th of them, and round again,
+            so that every batch holds every task.
+        upper: samples per step for the upper level of a bilevel problem, from the last fifth of each source, which the
+            other samples then never see.
     """
 
     images: dict[str, list[Tensor]]
@@ -160,19 +169,35 @@ class Sampler:
     coils: int = 8
     bank: int = 48
     seed: int = 0
+    ratios: Sequence[float] = ()
+    upper: int = 0
 
     def __post_init__(self) -> None:
         lo, hi = self.acceleration
         if not 1 <= lo <= hi or not 0 < self.noise[0] <= self.noise[1] or min(self.batch, self.coils, self.bank) < 1:
             found = {k: getattr(self, k) for k in ("acceleration", "noise", "batch", "coils", "bank")}
             raise errors.BadOption(f"found {found}, expected positive numbers and ascending ranges", key="data")
+        if not all(0 < ratio <= 1 for ratio in self.ratios) or (self.ratios and self.bank % len(self.ratios)):
+            raise errors.BadOption(
+                f"found {list(self.ratios)}, expected ratios in (0, 1], and a bank that is a multiple of their number",
+                key="data.ratios",
+            )
+        if self.upper < 0 or (self.upper and not any(_upper(v) for v in self.images.values())):
+            raise errors.BadOption(
+                f"found {self.upper}, expected 0, or enough images to hold some back", key="data.upper"
+            )
         if self.size < 16:
             raise errors.BadOption(f"found {self.size}, expected at least 16", key="data.size")
         generator = torch.Generator().manual_seed(self.seed)
         bank = []
         for name in self.masks:
-            for index in range(self.bank):
+            for index in range(self.bank if name in patterns.MASKS else 1):
                 acceleration = _log_uniform(lo, hi, generator)
+                if self.ratios:
+                    acceleration = 1 / self.ratios[index % len(self.ratios)]
+                if name not in patterns.MASKS:
+                    bank.append(_task(name, self.size, acceleration))
+                    continue
                 options = _varied(name, self.size, acceleration, generator)
                 bank.append(patterns.make_mask(name, (self.size, self.size), acceleration, seed=index, **options))
         object.__setattr__(self, "_bank", torch.stack(bank))
@@ -186,7 +211,7 @@ class Sampler:
         bank: Tensor = self._bank  # type: ignore[attr-defined]
         c = self.size // 2
         return {
-            "acceleration": list(self.acceleration),
+            "acceleration": [1 / max(self.ratios), 1 / min(self.ratios)] if self.ratios else list(self.acceleration),
             # Convolutions carry over to other sizes; how far was measured on 256², see the README.
             "size": [self.size // 2, 4 * self.size],
             "coils": self.coils,
@@ -198,15 +223,22 @@ class Sampler:
         """The batch of a step (and, in distributed training, of a rank)."""
         # Three numbers into one seed, far apart, so that no two steps or ranks share a stream.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1009 + rank)
+        if not self.upper:
+            return self._batch(self.batch, self.images, generator)
+        lower, upper = ({k: part for k, v in self.images.items() if (part := cut(v))} for cut in (_lower, _upper))
+        example = self._batch(self.batch, lower, generator)
+        return replace(example, upper=self._batch(self.upper, upper, generator))
+
+    def _batch(self, batch: int, images: Mapping[str, list[Tensor]], generator: torch.Generator) -> Example:
         coils = 1 if _uniform(0, 1, generator) < 0.5 else _integer(2, max(self.coils, 2), generator)
         coils = min(coils, self.coils)
-        x = torch.stack([self._image(generator) for _ in range(self.batch)])
-        mask = torch.stack([self._mask(generator) for _ in range(self.batch)])[:, None]
+        x = torch.stack([self._image(images, generator) for _ in range(batch)])
+        mask = torch.stack([self._mask(b, generator) for b in range(batch)])[:, None]
         y_full = fft2(x[:, None])
         if coils > 1:
-            maps = torch.stack([self._maps(coils, generator) for _ in range(self.batch)])
+            maps = torch.stack([self._maps(coils, generator) for _ in range(batch)])
             y_full = fft2(maps * x[:, None])
-        levels = torch.tensor([self._noise(generator) for _ in range(self.batch)]) * x.abs().amax((1, 2))
+        levels = torch.tensor([self._noise(generator) for _ in range(batch)]) * x.abs().amax((1, 2))
         noise = torch.randn(y_full.shape, dtype=torch.complex64, generator=generator)
         kspace = (y_full + levels[:, None, None, None] * noise) * mask
         # Half of the multi-coil batches learn with maps estimated from the measured centre, as at the scanner.
@@ -220,12 +252,12 @@ class Sampler:
         )  # fmt: skip
         ready = normalise(scan)
         assert ready.scale is not None
-        target = x / ready.scale[:, None, None].to(torch.float32)
-        return Example(y=ready.kspace, A=encoding(ready), target=target)
+        scale = ready.scale.to(torch.float32)
+        return Example(y=ready.kspace, A=encoding(ready), target=x / scale[:, None, None], noise_std=levels / scale)
 
-    def _image(self, generator: torch.Generator) -> Tensor:
-        weights = torch.tensor([math.sqrt(len(v)) for v in self.images.values()])
-        pool = list(self.images.values())[int(torch.multinomial(weights, 1, generator=generator))]
+    def _image(self, images: Mapping[str, list[Tensor]], generator: torch.Generator) -> Tensor:
+        weights = torch.tensor([math.sqrt(len(v)) for v in images.values()])
+        pool = list(images.values())[int(torch.multinomial(weights, 1, generator=generator))]
         x = pool[_integer(0, len(pool) - 1, generator)]
         x = _resolution(x, self.size, generator)
         x = _turned(x, generator)
@@ -237,9 +269,13 @@ class Sampler:
         phase = x.angle() + smooth_phase(self.size, generator)
         return torch.polar(magnitude, phase)
 
-    def _mask(self, generator: torch.Generator) -> Tensor:
+    def _mask(self, b: int, generator: torch.Generator) -> Tensor:
         bank: Tensor = self._bank  # type: ignore[attr-defined]
-        mask = bank[_integer(0, len(bank) - 1, generator)]
+        index = _integer(0, len(bank) - 1, generator)
+        if count := len(self.ratios):
+            # The nearest mask of the ratio that is this sample's turn; a family's bank holds whole rounds of ratios.
+            index = index - index % count + b % count
+        mask = bank[index]
         if _uniform(0, 1, generator) < 0.5:
             mask = mask.T
         # Mirroring about index N // 2 of an even size needs a shift by one to keep DC in place.
@@ -256,7 +292,30 @@ class Sampler:
 
     def _noise(self, generator: torch.Generator) -> float:
         level = _log_uniform(*self.noise, generator)
-        return 0.0 if _uniform(0, 1, generator) < 0.25 else level
+        none = _uniform(0, 1, generator) < 0.25 and self.noise[0] < self.noise[1]
+        return 0.0 if none else level
+
+
+def _task(name: str, size: int, acceleration: float) -> Tensor:
+    """What is measured in tasks other than compressed sensing, `(size, size)`."""
+    mask = torch.zeros(size, size)
+    if name == "full":  # denoising
+        return mask + 1
+    if name == "centre":  # superresolution: the scanner measured a smaller matrix
+        block = max(1, round(size / math.sqrt(acceleration)))
+        first = size // 2 - block // 2
+        mask[first : first + block, first : first + block] = 1
+        return mask
+    known = (*patterns.MASKS, "full", "centre")
+    raise errors.BadOption(f"found {name!r}", key="data.masks", help=errors.did_you_mean(name, known))
+
+
+def _lower(images: list[Tensor]) -> list[Tensor]:
+    return images[: len(images) - len(images) // 5]
+
+
+def _upper(images: list[Tensor]) -> list[Tensor]:
+    return images[len(images) - len(images) // 5 :]
 
 
 def _varied(name: str, size: int, acceleration: float, generator: torch.Generator) -> dict[str, float]:

@@ -165,7 +165,7 @@ def sweep(
     *,
     reference: Tensor | None = None,
     metrics: Sequence[str] = METRICS_SHOWN,
-    csm: str = "low-resolution",
+    csm: str = "espirit",
     progress: Callable[[int, int], None] | None = None,
     keep_images: bool = True,
     **dials: float | str | Sequence[float | str],
@@ -227,7 +227,7 @@ def evaluate(
     cases: Iterable[Case],
     *,
     metrics: Sequence[str] = METRICS_SHOWN,
-    csm: str = "low-resolution",
+    csm: str = "espirit",
     keep_images: bool = False,
     progress: Callable[[int, int], None] | None = None,
     on_error: Callable[[Case, errors.TunemriError], None] | None = None,
@@ -319,7 +319,7 @@ def tune(
     points: int = 9,
     rounds: int = 3,
     fixed: Setting | None = None,
-    csm: str = "low-resolution",
+    csm: str = "espirit",
 ) -> Tuned:
     """The setting of one dial that is best on average over some cases: a grid, then finer ones around its best.
 

@@ -163,7 +163,8 @@ def sniff(path: StrPath) -> str:
     """What the first bytes of a file say it is; the suffix decides only for `.cfl`, which has no signature.
 
     Returns:
-        hdf5 mat73 mat5 npy npz zip nifti gzip png jpeg tiff dicom safetensors cfl pickle html xml text unknown
+        hdf5 mat73 mat5 npy npz zip nifti gzip png jpeg tiff dicom ismrmrd-stream safetensors cfl pickle html xml text
+        unknown
     """
     with open(path, "rb") as f:
         head = f.read(2048)
@@ -180,6 +181,8 @@ def sniff(path: StrPath) -> str:
         return "dicom"
     if any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (512, 1024)):
         return "hdf5"
+    if _is_ismrmrd_stream(head):
+        return "ismrmrd-stream"
     if len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
         return "safetensors"
     if Path(path).suffix.lower() in (".cfl", ".hdr"):
@@ -205,6 +208,14 @@ def _is_utf8(head: bytes) -> bool:
 
 def _is_nifti(head: bytes) -> bool:
     return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0")
+
+
+def _is_ismrmrd_stream(head: bytes) -> bool:
+    """A first message that names a configuration, spells it out, or is the header; the latter two as XML."""
+    kind, length = head[:2], int.from_bytes(head[2:6], "little")
+    if kind == b"\1\0":  # 1024 bytes of name, then the next message
+        return head[1026:1028] in (b"\2\0", b"\3\0")
+    return kind in (b"\2\0", b"\3\0") and 16 < length < 2**27 and head[6:].lstrip()[:1] == b"<"
 
 
 def _sniff_zip(path: StrPath) -> str:
@@ -454,6 +465,8 @@ def _sound_type(stored: Any, dtype: np.dtype) -> bool:
     import h5py
     import numpy as np
 
+    if dtype.kind == "O" and isinstance(item := h5py.check_vlen_dtype(dtype), np.dtype):
+        return isinstance(stored, h5py.h5t.TypeVlenID) and _sound_type(stored.get_super(), item)
     if dtype.kind == "O":
         return h5py.check_string_dtype(dtype) is not None
     if dtype.kind in "SUb":

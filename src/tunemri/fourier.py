@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["crop", "fft2", "fft2_raw", "ifft2", "ifft2_raw", "pad", "phase_ramp"]
+__all__ = ["convolve", "crop", "fft2", "fft2_raw", "ifft2", "ifft2_raw", "pad", "phase_ramp"]
 
 _AXES = (-2, -1)
 
@@ -39,6 +39,19 @@ def fft2_raw(x: Tensor) -> Tensor:
 def ifft2_raw(y: Tensor) -> Tensor:
     """Inverse and adjoint of `fft2_raw`."""
     return torch.fft.ifft2(y, norm="ortho")
+
+
+def convolve(x: Tensor, spectrum: Tensor) -> Tensor:
+    """Convolve images `(*, H, W)` with a kernel of up to 2H - 1 by 2W - 1 taps, given by its spectrum.
+
+    Arguments:
+        x: complex `(*, H, W)`.
+        spectrum: `(*, ≥ 2H - 1, ≥ 2W - 1)`, the unscaled FFT of the kernel, origin at index 0.
+    """
+    (h, w), (rows, columns) = x.shape[-2:], spectrum.shape[-2:]
+    # Along each axis only what is not known to be zero, or to be thrown away: a quarter less than whole transforms.
+    y = torch.fft.fft(torch.fft.fft(x, n=rows, dim=-2), n=columns, dim=-1) * spectrum
+    return torch.fft.ifft(torch.fft.ifft(y, dim=-1)[..., :w], dim=-2)[..., :h, :]
 
 
 @lru_cache(maxsize=32)

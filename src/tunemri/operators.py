@@ -8,6 +8,7 @@ axes; everything is plain torch, so derivatives of every order exist in `x`, the
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,11 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import errors
-from .fourier import fft2, fft2_raw, ifft2, ifft2_raw, phase_ramp
+from .fourier import convolve, fft2, fft2_raw, ifft2, ifft2_raw, phase_ramp
+from .nufft import NUFFT, density_weights, gram_spectrum
 from .scan import Scan
 from .solvers import power_iteration
 
-__all__ = ["Cartesian", "Coils", "Downsample", "Fourier", "Identity", "LinearOperator", "Mask", "encoding"]
+__all__ = [
+    "Cartesian",
+    "Coils",
+    "Downsample",
+    "Fourier",
+    "Identity",
+    "LinearOperator",
+    "Mask",
+    "NonCartesian",
+    "encoding",
+]
 
 
 class LinearOperator(abc.ABC):
@@ -52,6 +64,14 @@ class LinearOperator(abc.ABC):
     def sample(self, index: int) -> LinearOperator:
         """The operator of batch entry `index` (the batch axis stays, with length one)."""
         return self
+
+    def preconditioned(self, y: Tensor) -> tuple[LinearOperator, Tensor]:
+        """The same measurement as `(√W A, √W y)`, where AᴴWA is nearest the identity; by default as it is.
+
+        AᴴWy is then an image, as Aᴴy is from a grid, and what a network that knows grids can work with. Least squares
+        lose by it: oversampled frequencies no longer count for what they know.
+        """
+        return self, y
 
     def norm(self) -> float:
         """Largest singular value, by 60 power iterations on AᴴA.
@@ -273,6 +293,106 @@ class Cartesian(LinearOperator):
         return one
 
 
+@dataclass(frozen=True, eq=False)
+class NonCartesian(LinearOperator):
+    """Multi-coil sampling along a trajectory, A x = √W F S x, F the Fourier transform off the grid (see `nufft`).
+
+    The Gram operator is a convolution on the double grid (Toeplitz), exact to the accuracy of the transform.
+    Differentiable in image, maps and data, not in trajectory and weights.
+
+    Arguments:
+        trajectory: real `(B or 1, M, 2)`, (row, column) in cycles per field of view.
+        csm: complex maps `(B or 1, C, H, W)`, or None for one uniform coil.
+        shape: `(H, W)`; needed only where there are no maps.
+        weights: W, real ≥ 0 `(B or 1, M)`, or None for the plain F S.
+        eps, backend: see `nufft.NUFFT`.
+
+    Raises:
+        BadOption: neither maps nor shape.
+    """
+
+    trajectory: Tensor
+    csm: Tensor | None = None
+    shape: tuple[int, int] | None = None
+    weights: Tensor | None = None
+    eps: float | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.shape is None and self.csm is None:
+            raise errors.BadOption("a trajectory does not tell the size of the image", key="shape")
+        h, w = self.shape or tuple(self.csm.shape[-2:])  # type: ignore[union-attr]
+        object.__setattr__(self, "in_shape", (h, w))
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        assert self.in_shape is not None
+        return self.in_shape
+
+    @cached_property
+    def _transforms(self) -> tuple[NUFFT, ...]:
+        return tuple(NUFFT(k, self._size, self.eps, self.backend) for k in self.trajectory)
+
+    @cached_property
+    def _spectrum(self) -> Tensor:
+        count = len(self.trajectory) if self.weights is None else max(len(self.trajectory), len(self.weights))
+        trajectories = self.trajectory.expand(count, -1, -1)
+        weights = [None] * count if self.weights is None else self.weights.expand(count, -1)
+        pairs = zip(trajectories, weights, strict=True)
+        return torch.stack([gram_spectrum(k, self._size, w, eps=self.eps, backend=self.backend) for k, w in pairs])
+
+    @cached_property
+    def _root(self) -> Tensor | None:
+        return None if self.weights is None else self.weights.sqrt()[:, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(-3)
+        y = _each(self._transforms, x if self.csm is None else self.csm * x, -4, -3)
+        return y if self._root is None else y * self._root
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        coils, samples = 1 if self.csm is None else self.csm.shape[-3], self.trajectory.shape[-2]
+        if y.ndim < 2 or y.shape[-2:] != (coils, samples):
+            raise errors.InconsistentShapes(
+                f"found data {tuple(y.shape)}, expected (…, {coils}, {samples}): coils, samples", key="kspace"
+            )
+        adjoints = [transform.adjoint for transform in self._transforms]
+        image = _each(adjoints, y if self._root is None else y * self._root, -3, -4)
+        return image.squeeze(-3) if self.csm is None else _combine(image, self.csm)
+
+    def gram(self, x: Tensor) -> Tensor:
+        if self.csm is None:
+            return convolve(x, self._spectrum)
+        # Coil by coil: one doubled grid at a time stays in the cache, which halves the time.
+        return sum((s.conj() * convolve(s * x, self._spectrum) for s in self.csm.unbind(-3)), torch.zeros_like(x))
+
+    def sample(self, index: int) -> LinearOperator:
+        csm, weights = (None if v is None else _one(v, index) for v in (self.csm, self.weights))
+        one = NonCartesian(_one(self.trajectory, index), csm, self.in_shape, weights, self.eps, self.backend)
+        # Hand down what is planned already.
+        transforms = self._transforms
+        vars(one)["_transforms"] = transforms[index : index + 1] if len(transforms) > 1 else transforms
+        if "_spectrum" in vars(self):
+            vars(one)["_spectrum"] = _one(self._spectrum, index)
+        return one
+
+    def preconditioned(self, y: Tensor) -> tuple[LinearOperator, Tensor]:
+        if self.weights is not None:
+            return self, y
+        weights = torch.stack([density_weights(k, self._size) for k in self.trajectory])
+        one = NonCartesian(self.trajectory, self.csm, self.in_shape, weights, self.eps, self.backend)
+        vars(one)["_transforms"] = self._transforms
+        return one, y * weights.sqrt()[:, None]
+
+
+def _each(maps: Sequence[Callable[[Tensor], Tensor]], data: Tensor, axis: int, out: int) -> Tensor:
+    """One map on data that share it, or each batch entry (from `axis`, to `out`) through its own."""
+    if len(maps) == 1:
+        return maps[0](data)
+    parts = data.expand(*data.shape[:axis], len(maps), *data.shape[axis + 1 :]).unbind(axis)
+    return torch.stack([f(part) for f, part in zip(maps, parts, strict=True)], out)
+
+
 def _scaled(y: Tensor, factor: Tensor) -> Tensor:
     """y · factor, in place where no gradient needs the old value."""
     same = torch.broadcast_shapes(y.shape, factor.shape) == y.shape
@@ -303,13 +423,12 @@ def encoding(scan: Scan) -> LinearOperator:
 
     Raises:
         MissingKey: several coils and no maps (estimate them: `tunemri.coils`).
-        UnsupportedLayout: non-Cartesian data.
     """
-    if scan.trajectory is not None:
-        raise errors.UnsupportedLayout("non-Cartesian sampling is not available yet", key="trajectory")
     if scan.csm is None and scan.coils > 1:
         raise errors.MissingKey(
             f"{scan.coils} coils and no sensitivity maps", key="csm", help="estimate them, e.g. --csm low-resolution"
         )
+    if scan.trajectory is not None:
+        return NonCartesian(scan.trajectory, scan.csm, scan.image_shape)
     assert scan.mask is not None
     return Cartesian(scan.mask.to(scan.kspace.real.dtype), scan.csm, scan.image_shape)

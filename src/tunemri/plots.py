@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
@@ -25,13 +27,29 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from . import errors, files
-from .evaluation import Row, csv_text
+from .evaluation import Row, csv_text, heading
 from .evaluation import dial_curve as curve_of
 from .fourier import crop
+from .landscape import Consistency, FarPair, Landscape, area_above
 from .methods.base import Dial
 from .metrics import METRICS, known, shown
 
-__all__ = ["SIGNED", "Panel", "Plot", "contact_sheet", "dial_curve", "strip", "window"]
+__all__ = [
+    "SIGNED",
+    "Panel",
+    "Plot",
+    "area_curves",
+    "consistency",
+    "contact_sheet",
+    "dial_curve",
+    "dice_curve",
+    "far_pair",
+    "histogram",
+    "landscape",
+    "range_curves",
+    "strip",
+    "window",
+]
 
 SIGNED = LinearSegmentedColormap.from_list(
     "tunemri-signed", ["#9fd8ff", "#2f7fe0", "#123a73", "#000000", "#7a3a08", "#f0831e", "#ffd9a0"]
@@ -297,10 +315,323 @@ def dial_curve(
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
-        # Settle the layout now: it would move a little with every further drawing.
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        _settle(figure)
     return Plot(figure=figure, data=data)
+
+
+def landscape(
+    found: Landscape,
+    *,
+    title: str = "",
+    levels: Sequence[float] | None = None,
+    dedicated: Sequence[tuple[Mapping[str, float], float]] = (),
+) -> Plot:
+    """A metric over a grid of settings: a map with contours, or a curve for one dial; a star at the best.
+
+    Arguments:
+        found: from `landscape.landscape`, or `landscape.interpolate`.
+        levels: of the contours; None picks about six.
+        dedicated: (setting, value) of networks trained for one setting each, drawn as dots in the colour of their value.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 4.2) if len(found.axes) == 2 else (5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        _map_or_curve(figure, axes, found, levels, dedicated)
+        axes.set_title(_plain(title))
+        _settle(figure)
+    dots = [{**{f"dial_{k}": v for k, v in at.items()}, f"{found.metric}_dedicated": v} for at, v in dedicated]
+    return Plot(figure=figure, data=[*found.records(), *dots])
+
+
+def _map_or_curve(
+    figure: Figure,
+    axes: Axes,
+    found: Landscape,
+    levels: Sequence[float] | None = None,
+    dedicated: Sequence[tuple[Mapping[str, float], float]] = (),
+) -> None:
+    names = list(found.dials)
+    mean, (best, value) = found.mean.numpy(), found.best
+    for axis, name in zip((axes.xaxis, axes.yaxis), names, strict=False):
+        dial = found.dials[name]
+        axis.set_label_text(f"{name} [{dial.unit}]" if dial.unit else name)
+    if len(names) == 1:
+        x = found.axes[0]
+        axes.plot(x, mean, color=ACCENT, lw=1.8)
+        if len(found.cases) > 1:
+            low, high = np.quantile(found.values.numpy(), (0.25, 0.75), axis=0)
+            axes.fill_between(x, low, high, color=ACCENT, alpha=0.18, lw=0)
+        places = [(at[names[0]], v) for at, v in dedicated]
+        colours: list[Any] = [GROUND] * len(dedicated)
+        axes.set_ylabel(_heading(found.metric))
+        star = (best[names[0]], value)
+    else:
+        x, y = found.axes
+        # Of a large map only the middle counts: a hopeless corner would take all the colours.
+        bottom, top = np.nanquantile(mean, (0.02, 1.0) if found.higher_is_better else (0.0, 0.98))
+        norm = Normalize(bottom, top if top > bottom else bottom + 1)
+        cmap = matplotlib.colormaps["cividis" if found.higher_is_better else "cividis_r"]
+        axes.grid(False)
+        if min(mean.shape) > 1:
+            axes.pcolormesh(x, y, mean.T, cmap=cmap, norm=norm, shading="nearest", rasterized=True)
+            if top > bottom:
+                heights = _levels(bottom, top) if levels is None else sorted(levels)
+                lines = axes.contour(
+                    x, y, mean.T, levels=heights, colors=INK, linewidths=0.7, linestyles="solid", alpha=0.8
+                )
+                axes.clabel(lines, fontsize=7, fmt="%.4g")
+        else:  # a line has no cells
+            us, vs = np.meshgrid(x, y, indexing="ij")
+            axes.scatter(us.ravel(), vs.ravel(), c=mean.ravel(), cmap=cmap, norm=norm)
+        figure.colorbar(ScalarMappable(norm, cmap), ax=axes, label=_heading(found.metric))
+        places = [(at[names[0]], at[names[1]]) for at, _ in dedicated]
+        colours = [cmap(norm(v)) for _, v in dedicated]
+        star = (best[names[0]], best[names[1]])
+    for (u, v), colour in zip(places, colours, strict=True):
+        axes.plot(u, v, "o", ms=6, mfc=colour, mec=INK, mew=1.2, zorder=4, clip_on=False)
+    axes.plot(*star, "*", ms=14, mfc=ACCENT, mec=GROUND, mew=1.2, zorder=5, clip_on=False)
+    for name, set_scale in zip(names, (axes.set_xscale, axes.set_yscale), strict=False):
+        if found.dials[name].scale == "log":
+            set_scale("log")
+
+
+def _levels(bottom: float, top: float) -> list[float]:
+    """Round values, closer together towards the top, where people look."""
+    span = top - bottom
+    digits = 1 - math.floor(math.log10(span))
+    return sorted({round(top - span * part, digits) for part in (0.6, 0.4, 0.25, 0.15, 0.08, 0.03)})
+
+
+def area_curves(found: Mapping[str, Landscape], thresholds: Sequence[float] | None = None) -> Plot:
+    """Which share of the settings is better than a threshold: the further to the good side, the better the method.
+
+    Arguments:
+        found: label → landscape, all of one metric.
+        thresholds: on the horizontal axis; None takes 200 over the whole range.
+
+    Raises:
+        NoData: nothing to draw. BadOption: different metrics.
+    """
+    metric = _one_metric(found)
+    if thresholds is None:
+        means = np.concatenate([land.mean.flatten().numpy() for land in found.values()])
+        means = means[np.isfinite(means)]
+        margin = 0.03 * float(np.ptp(means)) or 0.5
+        thresholds = [float(t) for t in np.linspace(means.min() - margin, means.max() + margin, 200)]
+    curves = {label: (thresholds, area_above(land, thresholds).tolist()) for label, land in found.items()}
+    side = "above" if next(iter(found.values())).higher_is_better else "below"
+    return _threshold_curves(curves, metric, "area", f"share of settings {side}", 1.0)
+
+
+def range_curves(found: Mapping[str, Landscape]) -> Plot:
+    """How far apart the good images are: total pixel-wise range of those better than a threshold.
+
+    Arguments:
+        found: label → landscape with thresholds, all of one metric.
+
+    Raises:
+        NoData: none has thresholds. BadOption: different metrics.
+    """
+    metric = _one_metric(found)
+    curves = {k: (list(v.thresholds), v.range_curve.tolist()) for k, v in found.items() if v.thresholds}
+    if not curves:
+        raise errors.NoData("no landscape was made with thresholds", key="range curve")
+    # Before the first image drops out and after the last one there is nothing to see.
+    turns = [i for _, ys in curves.values() for i in range(1, len(ys)) if ys[i] != ys[i - 1]] or [0]
+    some = slice(max(min(turns) - 4, 0), max(turns) + 5)
+    curves = {label: (ts[some], ys[some]) for label, (ts, ys) in curves.items()}
+    return _threshold_curves(curves, metric, "range", "Σ over pixels of max − min", None)
+
+
+def _threshold_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    metric: str,
+    column: str,
+    ordinate: str,
+    top: float | None,
+) -> Plot:
+    data: list[dict[str, Any]] = []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for (label, (x, y)), colour in zip(curves.items(), itertools.cycle(SERIES)):
+            axes.plot(x, y, color=colour, lw=1.8, label=_plain(label))
+            data += [{"series": label, "threshold": t, column: v} for t, v in zip(x, y, strict=True)]
+        axes.set_ylim(0, None if top is None else 1.03 * top)
+        axes.set(xlabel=f"threshold: {_heading(metric)}", ylabel=ordinate)
+        if len(curves) > 1:
+            axes.legend()
+        _settle(figure)
+    return Plot(figure=figure, data=data)
+
+
+def _one_metric(found: Mapping[str, Landscape]) -> str:
+    metrics = {land.metric for land in found.values()}
+    if not metrics:
+        raise errors.NoData("found no landscape to draw", key="landscape")
+    if len(metrics) > 1:
+        raise errors.BadOption(f"found {sorted(metrics)}, expected one metric", key="landscape")
+    return metrics.pop()
+
+
+def far_pair(
+    found: Landscape, pair: FarPair, a: Tensor, b: Tensor, *, gain: float | None = None, aspect: float = 1.0
+) -> Plot:
+    """The two good images that differ most, their difference, and where their settings lie.
+
+    Arguments:
+        found: the landscape of the pair.
+        pair: one of `found.far`.
+        a, b: its images `(H, W)`.
+        gain: the difference is shown this many times as strong as the images; None takes the round number that
+            makes use of the colours.
+        aspect: height of a pixel divided by its width.
+    """
+    images = [_magnitude(a), _magnitude(b)]
+    if images[0].shape != images[1].shape:
+        raise errors.InconsistentShapes(f"found {images[0].shape} and {images[1].shape}", key="far pair")
+    low, high = window(a)
+    if gain is None:
+        strength = float(np.quantile(np.abs(images[0] - images[1]), 0.995)) or high
+        power = 10 ** math.floor(math.log10(high / strength))
+        gain = max(step * power for step in (1, 2, 5) if step * power <= high / strength)
+    own = found.cases.index(pair.case)
+    found = replace(found, cases=(pair.case,), values=found.values[own : own + 1])
+    side = 2.5
+    tall = side * aspect * images[0].shape[0] / images[0].shape[1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3 * side + 3.6, max(tall + 0.75, 2.6)), layout="constrained")
+        panels = figure.subplots(1, 4, width_ratios=(side, side, side, 3.3))
+        for axes, name, image, at, value in zip(panels, "AB", images, (pair.a, pair.b), pair.values, strict=False):
+            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="antialiased")
+            dials = ", ".join(f"{dial} = {_number(at[dial])}" for dial in found.dials)
+            axes.set_title(_plain(f"{name}: {dials}"))
+            axes.set_xlabel(f"{_heading(found.metric)} {value:.4g}", fontsize=8)
+        span = high / gain
+        panels[2].imshow(images[0] - images[1], cmap=SIGNED, vmin=-span, vmax=span, aspect=aspect)
+        panels[2].set_title(f"A − B, shown ×{gain:g}")
+        panels[2].set_xlabel(f"distance {pair.distance:.4g}", fontsize=8)
+        for axes in panels[:3]:
+            _bare(axes)
+        _map_or_curve(figure, panels[3], found)
+        for name, at, value in zip("AB", (pair.a, pair.b), pair.values, strict=True):
+            u, v = [*(at[dial] for dial in found.dials), value][:2]
+            panels[3].plot(u, v, "o", ms=13, mfc=GROUND, mec=INK, mew=1.2, zorder=6, clip_on=False)
+            panels[3].text(u, v, name, ha="center", va="center", fontsize=8, zorder=7)
+        panels[3].set_title("where they lie", fontsize=9)
+        _settle(figure)
+    return Plot(figure=figure, data=[pair.record])
+
+
+def consistency(found: Consistency) -> Plot:
+    """Losses over (asked, used) settings, as what is lost against the best of the row; a star where that is.
+
+    The diagonal is boxed: a model that does what it is asked has every star in its box.
+    """
+    excess = (found.loss / found.loss.amin(1, keepdim=True) - 1).numpy() * 100
+    n = len(found.settings)
+    words = [", ".join(_number(v) for v in setting.values()) for setting in found.settings]
+    names = _plain(", ".join(found.settings[0]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(False)
+        # Near the diagonal is where it is decided: the far corners may saturate.
+        top = float(np.quantile(excess, 0.8)) or float(excess.max()) or 1.0
+        picture = axes.imshow(excess, cmap="cividis", vmin=0, vmax=top)
+        figure.colorbar(picture, ax=axes, label="loss above the best of the row [%]", extend="max")
+        for i in range(n):
+            axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, ec=INK, lw=0.9))
+        axes.plot(found.loss.argmin(1), range(n), "*", ms=min(11, 90 / n), mfc=ACCENT, mec=GROUND, mew=0.8, ls="none")
+        every = max(1, math.ceil(n / 12))
+        places = range(0, n, every)
+        axes.set_xticks(places, words[::every], rotation=0 if max(map(len, words)) < 5 else 60)
+        axes.set_yticks(places, words[::every])
+        axes.set(xlabel=f"used: {names}", ylabel=f"asked: {names}")
+        regret = 100 * float(found.regret.mean())
+        axes.set_title(f"asked setting best in {found.wins:.0%} of rows, mean regret {regret:.2g} %", fontsize=9)
+        _settle(figure)
+    return Plot(figure=figure, data=found.records())
+
+
+def histogram(shares: Tensor, names: Sequence[str]) -> Plot:
+    """Where data-driven sampling spent its training, over one dial or two.
+
+    Arguments:
+        shares: `(10,)` or `(10, 10)`, from `landscape.histogram`.
+        names: of the dials.
+    """
+    if shares.ndim not in (1, 2) or shares.ndim != len(names):
+        raise errors.UnsupportedLayout(
+            f"found {shares.ndim} axes for {len(names)} dials, expected 1 or 2", key="histogram"
+        )
+    percent = 100 * shares.numpy()
+    edges = [np.linspace(0, 1, n + 1) for n in percent.shape]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.4 if percent.ndim == 1 else 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xlabel(names[0])
+        if percent.ndim == 1:
+            axes.bar(edges[0][:-1], percent, width=np.diff(edges[0]), align="edge", color=ACCENT, ec=GROUND, zorder=2)
+            axes.axhline(100 / len(percent), color=FAINT, lw=1.2, ls=(0, (6, 3)), zorder=3)
+            axes.set_ylabel("share of training [%]")
+        else:
+            axes.grid(False)
+            picture = axes.pcolormesh(*edges, percent.T, cmap="cividis", vmin=0, rasterized=True)
+            figure.colorbar(picture, ax=axes, label="share of training [%]")
+            axes.set_ylabel(names[1])
+        axes.set_xlim(0, 1)
+        axes.set_title("what data-driven sampling trained on")
+        _settle(figure)
+    columns = [f"dial_{name}" for name in names]
+    data = [
+        {
+            **{c: (i + 0.5) / n for c, i, n in zip(columns, place, percent.shape, strict=True)},
+            "share": float(share) / 100,
+        }
+        for place, share in np.ndenumerate(percent)
+    ]
+    return Plot(figure=figure, data=data)
+
+
+def dice_curve(rows: Sequence[Row], dial: str, *, about: Dial | None = None) -> Plot:
+    """Overlap of segmentations along a dial: the mean of the classes, each class as a thin line, a star at the best.
+
+    Arguments:
+        rows: from `landscape.dice_along`.
+        dial: on the horizontal axis.
+        about: the dial's declaration.
+    """
+    classes = sorted({name for row in rows for name in row.metrics if name.startswith("dice_")})
+    data: list[dict[str, Any]] = []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, colour in zip(["dice", *classes], itertools.cycle(SERIES)):
+            curve = curve_of(rows, dial, name)
+            x, y = [p["dial"] for p in curve], [p["mean"] for p in curve]
+            word = "mean" if name == "dice" else name.replace("dice_", "class ")
+            axes.plot(x, y, color=colour, lw=2.2 if name == "dice" else 1.0, label=_plain(word))
+            if name == "dice":
+                best = int(np.argmax(y))
+                axes.plot(x[best], y[best], "*", ms=11, mfc=colour, mec=GROUND, mew=1.0, zorder=5)
+            data += [{"series": word, **p} for p in curve]
+        axes.set(xlabel=dial, title="Dice overlap   higher is better")
+        if about is not None and about.scale == "log":
+            axes.set_xscale("log")
+        axes.legend()
+        _settle(figure)
+    return Plot(figure=figure, data=data)
+
+
+def _heading(metric: str) -> str:
+    return "rPSNR [dB]" if metric == "rpsnr" else heading(metric)
+
+
+def _settle(figure: Figure) -> None:
+    """Fix the layout now: it would move a little with every further drawing."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def _mark_best(axes: Axes, metric: str, x: Sequence[float], y: Sequence[float], colour: str) -> None:

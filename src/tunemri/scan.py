@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import errors
 from .fourier import ifft2
+from .nufft import calibration_block
 
 __all__ = ["Geometry", "Reconstruction", "Scan", "check_finite", "measured_acceleration", "normalise", "select"]
 
@@ -38,7 +40,8 @@ class Scan:
         kspace: complex `(B, C, H, W)`, zero where not sampled, or `(B, C, M)` with `trajectory`;
             B slices, C coils (single-coil is C = 1); centred, orthonormal convention of `fourier`.
         mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled; None only for non-Cartesian data.
-        trajectory: `(B or 1, M, 2)` (row, column) in cycles per field of view, in [-N/2, N/2).
+        trajectory: `(B or 1, M, 2)` (row, column) in cycles per field of view, in [-N/2, N/2]; other units are refused
+            where they can be told.
         image_shape: `(H, W)` of the image to reconstruct, in pixels.
         csm: coil sensitivity maps, complex `(B or 1, C, H, W)`; None means unknown.
         noise_std: standard deviation of the complex noise per sample (√E|n|²), in k-space units; None means unknown.
@@ -137,6 +140,7 @@ class Scan:
                 key="trajectory",
             )
         check_finite(t, "trajectory")
+        _check_units(t, self.image_shape)
 
     def _check_maps(self, csm: Tensor) -> None:
         b, c = self.kspace.shape[:2]
@@ -160,11 +164,15 @@ class Scan:
 
     @property
     def acceleration(self) -> float:
-        """Measured acceleration: grid points per sampled point, mean over slices; never the nominal one."""
-        return measured_acceleration(self.mask) if self.mask is not None else self._samples_ratio()
+        """Measured acceleration: grid points per sampled point, mean over slices; never the nominal one.
 
-    def _samples_ratio(self) -> float:
-        return self.image_shape[0] * self.image_shape[1] / self.kspace.shape[-1]
+        Off the grid, points are the cells of the grid in which a sample lies: oversampling does not count.
+        """
+        if self.mask is not None:
+            return measured_acceleration(self.mask)
+        assert self.trajectory is not None
+        cells = [len(torch.unique(k.round().remainder(k.new_tensor(self.image_shape)), dim=0)) for k in self.trajectory]
+        return self.image_shape[0] * self.image_shape[1] * len(cells) / sum(cells)
 
     def to(self, device: torch.device | str) -> Scan:
         """The same scan with its tensors on `device`."""
@@ -217,6 +225,31 @@ def check_finite(x: Tensor, key: str, file: str | None = None) -> None:
     )  # fmt: skip
 
 
+def _check_units(trajectory: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse a trajectory that is not in cycles per field of view, as far as its extent tells."""
+    extent = [float(v) for v in trajectory.abs().amax((0, 1))]
+    found = f"|k| up to {extent[0]:.4g} (rows) and {extent[1]:.4g} (columns)"
+    limits = [n / 2 + 0.5 for n in shape]  # a sample on the rim, or a delay of half a sample, is no other unit
+    expected = f"expected up to {shape[0] / 2:g} and {shape[1] / 2:g}: cycles per field of view"
+    if any(e > limit for e, limit in zip(extent, limits, strict=True)):
+        swapped = extent[0] <= limits[1] and extent[1] <= limits[0]
+        raise errors.InconsistentShapes(
+            f"{found}, {expected}", key="trajectory",
+            help="rows and columns seem to be swapped" if swapped
+            else "is image_shape too small for the resolution measured, or the unit 1/m?",
+        )  # fmt: skip
+    largest = max(extent)
+    if min(shape) < 32 or largest > math.pi + 0.01:
+        return
+    unit, factor = (
+        ("radians", "N / (2π)") if largest > 3 else ("[-0.5, 0.5]", "N") if largest <= 0.5 else ("[-1, 1]", "N / 2")
+    )
+    if largest > 3 or largest <= 1:
+        raise errors.UnsupportedLayout(
+            f"{found}, {expected}", key="trajectory", help=f"it seems to be in {unit}: multiply each axis by {factor}"
+        )
+
+
 def measured_acceleration(mask: Tensor) -> float:
     """Grid points per sampled point of a mask `(…, H or 1, W)`: the mean of a 0/1 mask, inverted."""
     return float(1 / mask.double().mean())
@@ -248,32 +281,35 @@ def normalise(scan: Scan) -> Scan:
     (or fewer) k-space points, divided by the fraction of that centre that was sampled. It therefore
     depends neither on the acceleration nor on the mask family, and scaling the data by c scales it by c.
     Computed per slice: a slice of a volume gives the image that it would give alone. A slice without
-    signal keeps the scale 1.
+    signal keeps the scale 1. Of a trajectory the centre is brought onto the grid first.
     """
-    if scan.trajectory is not None or scan.mask is None:
-        raise errors.UnsupportedLayout("normalising non-Cartesian data is not available yet", key="trajectory")
     y, (h, w) = scan.kspace, scan.image_shape
     b = len(scan)
     # Work on a copy brought near 1 first: data near the float32 limits must not overflow here.
     peak = y.abs().flatten(1).amax(1).double()
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    y64 = y.to(torch.complex128) / peak[:, None, None, None]
+    y64 = y.to(torch.complex128) / peak.reshape(-1, *[1] * (y.ndim - 1))
+    if scan.trajectory is None:
+        assert scan.mask is not None
+        grid, mask = y64, scan.mask
+    else:
+        grid, mask = calibration_block(y64, scan.trajectory, scan.image_shape)
     rows, cols = (
         torch.hann_window(min(24, n) + 2, periodic=False, dtype=torch.float64, device=y.device)[1:-1] for n in (h, w)
     )
     top, left = h // 2 - len(rows) // 2, w // 2 - len(cols) // 2
     centre = (..., slice(top, top + len(rows)), slice(left, left + len(cols)))
     window = rows[:, None] * cols
-    low = torch.zeros_like(y64)
-    low[centre] = y64[centre] * window
+    low = torch.zeros_like(grid)
+    low[centre] = grid[centre] * window
     image = ifft2(low).abs().square().sum(1).sqrt()
-    sampled = scan.mask.double().expand(-1, -1, h, w)[centre].mul(window).sum((1, 2, 3)) / window.sum()
+    sampled = mask.double().expand(-1, -1, h, w)[centre].mul(window).sum((1, 2, 3)) / window.sum()
     scale = torch.quantile(image.flatten(1), 0.99, dim=1) / sampled.clamp(min=1e-3)
     # Nothing in the centre: fall back on the energy of all samples.
-    energy = y64.abs().square().sum((1, 2, 3)).div(h * w).sqrt()
+    energy = y64.abs().square().flatten(1).sum(1).div(h * w).sqrt()
     scale = torch.where(scale > 1e-6 * energy, scale, energy)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).expand(b) * peak
-    scaled = (y.to(torch.complex128) / scale[:, None, None, None]).to(torch.complex64)
+    scaled = (y.to(torch.complex128) / scale.reshape(-1, *[1] * (y.ndim - 1))).to(torch.complex64)
     noise = None if scan.noise_std is None else scan.noise_std / float(scale.mean())
     assert scan.scale is not None
     return replace(scan, kspace=scaled, noise_std=noise, scale=scan.scale.double() * scale)

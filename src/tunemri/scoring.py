@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,14 @@ from torch import Tensor
 from . import errors, evaluation, plots, report
 from .datasets import SOURCES, load_images, sampling_mask
 from .evaluation import Case, Contestant, Row
-from .methods import prepare
+from .landscape import Landscape, histogram, landscape, self_consistency
+from .methods import prepare, reconstruct
 from .metrics import METRICS
 from .simulate import simulate
 
-__all__ = ["Plan", "below", "means", "run", "summary"]
+__all__ = ["Atlas", "Plan", "below", "means", "run", "summary"]
+
+_THRESHOLDS = tuple(0.25 * i for i in range(-20, 161))  # dB over zero-filling; those that no image reaches cost nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,21 @@ class Plan:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Atlas:
+    """Which landscapes to make.
+
+    Arguments:
+        points: along each of the (at most two) dials.
+        thresholds: of the area and range curves, dB over zero-filling; empty takes a quarter of a dB apart.
+        state: an existing folder that keeps unfinished landscapes, so that a run that was stopped goes on; or None.
+    """
+
+    points: int
+    thresholds: tuple[float, ...] = ()
+    state: Path | None = None
+
+
 def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]]) -> Iterator[Case]:
     """Every image under every mask. The same image has the same phase, coils and noise under all masks."""
     for name, acceleration in plan.patterns():
@@ -70,7 +89,7 @@ def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]]) -> Iterator[Case]:
                 scan, target = simulate(x, mask=pattern, coils=plan.coils, noise=plan.noise, seed=seed)
                 label = name if math.isnan(acceleration) else f"{name} {acceleration:g}×"
                 yield Case(
-                    name=f"{source}/{index}", scan=replace(scan, csm=prepare(scan).csm), reference=target.abs(),
+                    name=f"{source}/{index}", scan=replace(scan, csm=prepare(scan).csm), reference=target,
                     labels={"mask": label, "source": source},
                 )  # fmt: skip
 
@@ -83,6 +102,7 @@ def run(
     metrics: Sequence[str],
     tune: bool,
     grid: int,
+    atlas: Atlas | None = None,
     progress: Callable[[int, int], None],
 ) -> tuple[list[Row], str]:
     """Judge the contestants, write rows.csv, table.md, curves and report.html into `folder`.
@@ -90,6 +110,7 @@ def run(
     Arguments:
         tune: give each method with a dial `lam` its best weight per mask, on these images.
         grid: points along the first dial of the others; 0 takes them as they are.
+        atlas: the landscapes of those with dials; None makes none.
 
     Returns:
         the rows, and the table as text.
@@ -140,8 +161,7 @@ def run(
             {m: [row for row in own if row.labels["mask"] == m] for m in groups}, dial, list(metrics)[:4],
             about=contestant.model.dials[dial],
         )  # fmt: skip
-        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in contestant.name)
-        figure.save(folder / f"curve-{name}.png")
+        figure.save(folder / f"curve-{_slug(contestant.name)}.png")
         sections.insert(
             0,
             report.Picture(
@@ -150,12 +170,98 @@ def run(
                 caption="Mean over images; the band is the middle half.",
             ),
         )
+    if atlas is not None:
+        sections += _explore(contestants, groups, folder, atlas, lambda n, of: progress(done + n, 0))
     report.report(
         folder / "report.html", title="tunemri evaluate",
         summary=f"{len(everything)} simulated scans from {plan.folder.name}, {len(contestants)} methods.",
         sections=sections, provenance={k: str(v) for k, v in vars(plan).items()},
     )  # fmt: skip
     return rows, text
+
+
+def _explore(
+    contestants: Sequence[Contestant],
+    groups: Mapping[str, Sequence[Case]],
+    folder: Path,
+    atlas: Atlas,
+    progress: Callable[[int, int], None],
+) -> list[report.Section]:
+    """Every contestant over the whole range of its free dials, for each mask: files in `folder`, sections of the page."""
+    sections: list[report.Section] = []
+    pairs: list[dict[str, Any]] = []
+
+    def show(plot: plots.Plot, name: str, title: str, caption: str) -> None:
+        plot.save(folder / f"{name}.png")
+        sections.append(report.Picture(title=title, png=plot.png(), caption=caption))
+
+    free: list[tuple[Contestant, list[str]]] = []
+    for contestant in contestants:
+        dials = contestant.model.dials
+        names = [n for n, dial in dials.items() if not dial.choices and n not in contestant.dials][:2]
+        if names:
+            free.append((contestant, names))
+    done = 0
+    for mask, group in groups.items():
+        found: dict[str, Landscape] = {}
+        for contestant, names in free:
+            name = _slug(f"{contestant.name} {mask}")
+            land = landscape(
+                contestant.model, group, dials={**dict.fromkeys(names, atlas.points), **contestant.dials},
+                thresholds=atlas.thresholds or _THRESHOLDS,
+                progress=lambda n, of, start=done: progress(start + n, of),  # type: ignore[misc]
+                file=None if atlas.state is None else atlas.state / f"landscape-{name}.safetensors",
+            )  # fmt: skip
+            found[contestant.name] = land
+            done += land.values.numel()
+            best, value = land.best
+            setting = ", ".join(f"{dial} = {at:.3g}" for dial, at in best.items())
+            show(
+                plots.landscape(land), f"landscape-{name}", f"{contestant.name}: gain over zero-filling, {mask}",
+                f"Mean over {len(group)} scans at {land.mean.numel()} settings. Star: the best, {value:.2f} dB at {setting}.",
+            )  # fmt: skip
+            # The scan of middling diversity, not the one that happens to show most.
+            pair = sorted(land.far, key=lambda p: p.distance)[len(land.far) // 2]
+            case = next(case for case in group if case.name == pair.case)
+            a, b = (reconstruct(case.scan, contestant.model, **at).image[0].cpu() for at in (pair.a, pair.b))
+            show(
+                plots.far_pair(land, pair, a, b), f"far-{name}", f"{contestant.name}: equally good, most different, {mask}",
+                f"{pair.case}: the farthest pair among the best tenth of all settings; look where the difference has structure.",
+            )  # fmt: skip
+            pairs += [{"model": contestant.name, "mask": mask, **p.record} for p in land.far]
+        if found:
+            where = _slug(mask)
+            show(
+                plots.area_curves(found, atlas.thresholds or None), f"area-{where}", f"Share of good settings, {mask}",
+                "How much of the range of its dials a method can be trusted with: further right is better.",
+            )  # fmt: skip
+            show(
+                plots.range_curves(found), f"range-{where}", f"Diversity of good images, {mask}",
+                "Total pixel-wise range of the images above the threshold, each in units of its reference's maximum.",
+            )  # fmt: skip
+    for contestant, names in free:
+        name, model = _slug(contestant.name), contestant.model
+        if hasattr(model, "names"):
+            count = min(atlas.points, 9 if len(names) == 1 else 4)
+            axes = [evaluation.grid(model.dials[n], count) for n in names]
+            settings = [{**contestant.dials, **dict(zip(names, at, strict=True))} for at in itertools.product(*axes)]
+            consistent = self_consistency(model, [c for group in groups.values() for c in group], settings)
+            show(
+                plots.consistency(consistent), f"consistency-{name}", f"{contestant.name}: does it do what it is asked?",
+                "Each row asks for one weighting of the losses; the star marks the setting whose images serve it best.",
+            )  # fmt: skip
+        if (shares := histogram(model)) is not None:
+            show(
+                plots.histogram(shares, list(model.dials)), f"histogram-{name}", f"{contestant.name}: trained settings",
+                "Where data-driven sampling spent its training; an even spread would be flat.",
+            )  # fmt: skip
+    if pairs:
+        evaluation.write_csv(folder / "far-pairs.csv", pairs)
+    return sections
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name).strip("-")
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:

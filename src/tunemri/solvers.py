@@ -174,7 +174,7 @@ def fista(
     x0: Tensor,
     *,
     iterations: int,
-    step: float = 1.0,
+    step: float | Tensor = 1.0,
     tolerance: float = 1e-4,
     restart: bool = True,
     callback: Callback | None = None,
@@ -189,14 +189,14 @@ def fista(
     Arguments:
         gradient: z ↦ ∇f(z) on `(B, *)`.
         prox: (v, τ) ↦ argmin_u ½‖u - v‖² + τ g(u), with τ `(B, 1, …)` one per problem.
-        step: first τ; at most 1 / L for an L-Lipschitz ∇f.
+        step: first τ, one or `(B,)`; at most 1 / L for an L-Lipschitz ∇f.
         restart: drop the momentum where it points uphill.
 
     Sources: A. Beck, M. Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse
     problems" (2009); B. O'Donoghue, E. Candès, "Adaptive restart for accelerated gradient schemes" (2015).
     """
     x = z = x0
-    tau = x0.new_full((x0.shape[0],), step, dtype=x0.real.dtype)
+    tau = x0.real.new_ones(x0.shape[0]) * step
     t, change = torch.ones_like(tau), torch.full_like(tau, torch.inf)
     done = torch.zeros_like(tau, dtype=torch.bool)
     before: tuple[Tensor, Tensor] | None = None

@@ -32,7 +32,8 @@ from torch import Tensor
 from . import errors, files
 from .datasets import Example, Sampler, load_images
 from .methods import Reconstructor, load, make, save
-from .methods.hyperrecon import HyperRecon, SingleWeight
+from .methods.hyperrecon import HyperRecon, SingleWeight, bake
+from .methods.metalearned import MetaLearned
 
 __all__ = ["Interrupted", "Plan", "fit", "match_scales", "read_recipe", "train"]
 
@@ -300,8 +301,15 @@ def train(
 
 
 def _start(model: Reconstructor, trained: Reconstructor) -> None:
-    """Begin at the weights of a network trained without a dial, or of the same hypernetwork."""
-    if isinstance(model, HyperRecon) and isinstance(trained, SingleWeight):
+    """Begin at the weights of a network trained without a dial, or of the same method.
+
+    The proposals of `MetaLearned` begin at such a network too, or at a hypernetwork's for its first loss term.
+    """
+    if isinstance(model, MetaLearned) and isinstance(trained, HyperRecon):
+        trained = bake(trained, **{name: dial.lo for name, dial in trained.dials.items()})
+    if isinstance(model, MetaLearned) and isinstance(trained, SingleWeight):
+        model.start_from(dict(trained.main.named_parameters()))
+    elif isinstance(model, HyperRecon) and isinstance(trained, SingleWeight):
         model.hypernet.start_from(dict(trained.main.named_parameters()))
     elif type(model) is type(trained) and {k: v.shape for k, v in model.state_dict().items()} == {
         k: v.shape for k, v in trained.state_dict().items()

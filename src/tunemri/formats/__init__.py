@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import errors, files
 from ..fourier import crop, ifft2
 from ..scan import Geometry, Reconstruction, Scan, check_finite
-from . import arrays, cfl, fastmri, images, nifti
+from . import arrays, cfl, dicom, fastmri, images, ismrmrd, nifti
 from .base import CSM_KEYS, KSPACE_KEYS, Format, Image, complex_values, mask_tensor
 
 __all__ = [
@@ -32,15 +32,21 @@ __all__ = [
     "check_writable",
     "inspect",
     "read",
+    "read_either",
     "read_image",
+    "read_maps",
     "read_mask",
+    "read_noise",
     "read_reference",
     "write",
 ]
 
 READERS: dict[str, Format] = {
     "hdf5": fastmri,
+    "ismrmrd": ismrmrd,
+    "ismrmrd-stream": ismrmrd,
     "nifti": nifti,
+    "dicom": dicom,
     "npy": arrays,
     "npz": arrays,
     "mat5": arrays,
@@ -50,7 +56,7 @@ READERS: dict[str, Format] = {
     "jpeg": images,
     "tiff": images,
 }
-"""What `files.sniff` calls a file → the module that reads it."""
+"""What `_kind` calls a file → the module that reads it."""
 
 Writer = Callable[[Path, Scan | Reconstruction | Image, Tensor | None, Geometry], dict[str, Any]]
 
@@ -59,6 +65,7 @@ WRITERS: dict[str, Writer] = {
     ".npy": arrays.write,
     ".nii": nifti.write,
     ".nii.gz": nifti.write,
+    ".dcm": dicom.write,
     ".cfl": cfl.write,
     ".png": images.write,
 }
@@ -66,7 +73,7 @@ WRITERS: dict[str, Writer] = {
 
 _SUFFIXES = {
     ".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".npz": "npz", ".mat": "mat", ".nii": "nifti", ".gz": "nifti",
-    ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff",
+    ".dcm": "dicom", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff",
 }  # fmt: skip
 
 
@@ -97,6 +104,21 @@ def read_image(path: files.StrPath, *, slices: slice | None = None, prefer: str 
         raise errors.BadOption(f"found {prefer!r}, expected 'image' or 'reference'", key="prefer")
     with _guard(path) as (p, reader):
         return reader.read_image(p, slices, prefer)
+
+
+def read_either(path: files.StrPath, *, slices: slice | None = None) -> Scan | Image:
+    """The scan in a file or, where it holds no k-space, the image.
+
+    Raises:
+        TunemriError: as for `read`.
+    """
+    try:
+        return read(path, slices=slices)
+    except (errors.MissingKey, errors.UnsupportedLayout) as no_scan:
+        # The way out that readers name for an image: simulate a scan from it.
+        if no_scan.help is None or "simulate" not in no_scan.help:
+            raise
+    return read_image(path, slices=slices)
 
 
 _TRUE = ("target", "reconstruction_esc", "reconstruction_rss", "reference")
@@ -167,6 +189,19 @@ def read_maps(path: files.StrPath) -> Tensor:
         return maps
 
 
+def read_noise(path: files.StrPath) -> Tensor | None:
+    """Samples of a noise measurement, complex `(C, N)`, or None where the file has none.
+
+    Their covariance is that of the noise in the k-space that `read` gives (before averaging): what prewhitening needs.
+
+    Raises:
+        TunemriError: as for `read`.
+    """
+    with _guard(path) as (p, reader):
+        noise = ismrmrd.read_noise(p) if reader is ismrmrd else None
+        return None if noise is None else torch.from_numpy(noise)
+
+
 @contextmanager
 def _guard(path: files.StrPath) -> Iterator[tuple[Path, Format]]:
     """The reader of a file; what it raises is turned into an error that names the file."""
@@ -193,10 +228,12 @@ def _guard(path: files.StrPath) -> Iterator[tuple[Path, Format]]:
 @contextmanager
 def _libraries_silenced() -> Iterator[None]:
     """What the libraries have to say about a file reaches nobody; what counts, we say ourselves."""
-    loggers = [logging.getLogger(name) for name in ("nibabel.global", "PIL.TiffImagePlugin", "PIL.PngImagePlugin")]
+    loggers = [
+        logging.getLogger(name) for name in ("nibabel.global", "PIL.TiffImagePlugin", "PIL.PngImagePlugin", "pydicom")
+    ]
     before = [logger.disabled for logger in loggers]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(PIL|scipy|nibabel|h5py|numpy)\b")
+        warnings.filterwarnings("ignore", module=r"(PIL|scipy|nibabel|h5py|numpy|pydicom)\b")
         try:
             for logger in loggers:
                 logger.disabled = True
@@ -214,12 +251,18 @@ def _with_cfl_suffix(path: Path) -> Path:
     return path
 
 
-def _reader(path: Path) -> Format:
+def _kind(path: Path) -> str:
+    """The kind by content; HDF5 is two formats, told apart by what is in it."""
     kind = files.sniff(path)
+    return "ismrmrd" if kind == "hdf5" and ismrmrd.matches(path) else kind
+
+
+def _reader(path: Path) -> Format:
+    kind = _kind(path)
     promised = _SUFFIXES.get(path.suffix.lower())
     if kind not in READERS:
         raise _refusal(kind, path, promised)
-    if promised is not None and not kind.startswith(promised):
+    if promised is not None and not kind.startswith(promised) and kind != "ismrmrd":
         errors.warn(f"{path}: named {path.suffix} but holds {kind}; read as {kind}")
     return READERS[kind]
 
@@ -235,10 +278,6 @@ def _refusal(kind: str, path: Path, promised: str | None) -> errors.TunemriError
         )
     if kind == "safetensors":
         return errors.UnsupportedLayout("holds weights of a model, not a scan", file=path, help="give it to -m")
-    if kind == "dicom":
-        return errors.UnsupportedLayout(
-            "DICOM, which is not read yet", file=path, help="convert it to NIfTI (dcm2niix)"
-        )
     if kind in ("zip", "gzip") and promised is None:
         return errors.UnsupportedLayout(f"a {kind} archive", file=path, help="unpack it first")
     wanted = f"{promised} as its name says" if promised else "one of " + ", ".join(READERS)
@@ -302,12 +341,10 @@ def write(
                 check_finite(x, key)
         with ExitStack() as stack:
             temporary = stack.enter_context(files.write_atomically(final, overwrite=overwrite))
-            if suffix != ".cfl":
-                return WRITERS[suffix](temporary, what, reference, geometry)
-            header = stack.enter_context(files.write_atomically(final.with_suffix(".hdr"), overwrite=overwrite))
-            notes = WRITERS[suffix](temporary, what, reference, geometry)
-            header.write_text(cfl.header_text(notes["dimensions"]), encoding="ascii")
-            return notes
+            beside = cfl.beside(final, what, geometry) if suffix == ".cfl" else {}
+            for other, content in beside.items():
+                stack.enter_context(files.write_atomically(other, overwrite=overwrite)).write_bytes(content)
+            return WRITERS[suffix](temporary, what, reference, geometry)
     except errors.TunemriError as e:
         e.file = path
         raise
@@ -333,34 +370,60 @@ def inspect(path: files.StrPath) -> dict[str, Any]:
         reference, _ = _attempt(read_reference, path)
     if no_scan is not None and no_image is not None:
         raise no_image if isinstance(no_scan, errors.UnsupportedLayout) and "not k-space" in no_scan.what else no_scan
+    kind = _kind(p)
     report: dict[str, Any] = {
-        "file": str(path), "kind": files.sniff(p), "bytes": p.stat().st_size, "arrays": listed,
+        "file": str(path), "kind": kind, "format": _WORDS[kind], "bytes": p.stat().st_size, "arrays": listed,
     }  # fmt: skip
     can: list[str] = []
     cannot: list[str] = []
     if scan is not None:
         report |= _scan_facts(scan)
-        can.append("reconstruct: tunemri recon FILE -m zero-filled -o OUT.h5")
-        can.append("tune: tunemri sweep FILE -m hyper-brain --grid ssim=0:1:11 -o DIR")
-        if scan.csm is None and scan.coils > 1:
-            cannot.append("use measured coil maps: none in the file; they are estimated, or given with --csm")
-        if scan.acceleration == 1:
-            can.append("serve as a fully sampled reference and be undersampled again")
+        can, cannot = _uses(scan)
     elif no_scan is not None:
         cannot.append(f"reconstruct: {no_scan.what}; {no_scan.help or ''}".rstrip("; "))
     report["reference"] = reference is not None
     if image is not None and scan is None:
         report |= {
-            **_image_facts(image), "provenance": image.provenance, "voxel_size_mm": _voxel_size(image.geometry),
+            "content": "image", **_image_facts(image), "provenance": image.provenance,
+            "voxel_size_mm": _voxel_size(image.geometry), "placed": image.geometry.affine is not None,
         }  # fmt: skip
         can.append("simulate a scan from it: tunemri simulate FILE -o SCAN.h5 --mask poisson")
         can.append("serve as a reference: --reference FILE")
+        can.append("be saved in another format: tunemri convert FILE -o OUT.nii.gz (or .dcm, .h5, .npy, .png)")
     elif reference is not None:
         can.append("score (PSNR, SSIM, …) against the reference in it")
     else:
         cannot.append("score (PSNR, SSIM, …): no reference image in the file; give one with --reference")
     messages = dict.fromkeys(str(w.message) for w in caught if isinstance(w.message, errors.TunemriWarning))
     return report | {"can": can, "cannot": cannot, "warnings": list(messages)}
+
+
+_WORDS = {
+    "hdf5": "HDF5 as fastMRI lays it out", "ismrmrd": "ISMRMRD raw data, as HDF5",
+    "ismrmrd-stream": "ISMRMRD raw data, as a stream", "nifti": "NIfTI image", "dicom": "DICOM image",
+    "npy": "numpy array", "npz": "numpy arrays", "mat5": "MATLAB variables", "mat73": "MATLAB 7.3 variables",
+    "cfl": "BART's .cfl and .hdr", "png": "picture (PNG)", "jpeg": "picture (JPEG)", "tiff": "picture (TIFF)",
+}  # fmt: skip
+
+
+def _uses(scan: Scan) -> tuple[list[str], list[str]]:
+    """What can, and what cannot be done with a scan, a sentence each."""
+    can = ["reconstruct: tunemri recon FILE -m tv -o OUT.h5"]
+    cannot = []
+    if scan.trajectory is None:
+        can.append("tune: tunemri sweep FILE -m hyper-brain --grid ssim=0:1:11 -o DIR")
+    else:
+        can.append("tune: tunemri sweep FILE -m tv --grid lam=5 -o DIR")
+    can.append("be saved in another format: tunemri convert FILE -o OUT.h5 (or OUT.cfl)")
+    if scan.csm is None and scan.coils > 1:
+        cannot.append("use measured coil maps: none in the file; they are estimated, or given with --csm")
+    if scan.coils > 1 and scan.noise_std is None:
+        cannot.append("weigh the coils by their noise: no noise measurement in the file")
+    if scan.geometry.affine is None:
+        cannot.append("place the image in the patient (NIfTI, DICOM): the file does not say where it lies")
+    if scan.acceleration == 1 and scan.trajectory is None:
+        can.append("serve as a fully sampled reference and be undersampled again")
+    return can, cannot
 
 
 def _attempt(
@@ -373,11 +436,20 @@ def _attempt(
 
 
 def _scan_facts(scan: Scan) -> dict[str, Any]:
-    assert scan.mask is not None
-    return {
+    facts: dict[str, Any] = {
+        "content": "k-space on a grid" if scan.mask is not None else "k-space along a trajectory",
         "slices": len(scan), "coils": scan.coils, "image_shape": list(scan.image_shape),
-        "acceleration": round(scan.acceleration, 4), "mask": _mask_family(scan.mask), "csm": scan.csm is not None,
-        "noise_std": scan.noise_std, "provenance": scan.provenance, "voxel_size_mm": _voxel_size(scan.geometry),
+        "acceleration": round(scan.acceleration, 4),
+    }  # fmt: skip
+    if scan.mask is not None:
+        facts["mask"] = _mask_family(scan.mask)
+    if scan.trajectory is not None:
+        reach = scan.trajectory.abs().amax((0, 1))
+        facts["samples"] = scan.kspace.shape[-1]
+        facts["trajectory_reach"] = [round(float(r), 2) for r in reach]  # cycles per field of view, rows and columns
+    return facts | {
+        "csm": scan.csm is not None, "noise_std": scan.noise_std, "provenance": scan.provenance,
+        "voxel_size_mm": _voxel_size(scan.geometry), "placed": scan.geometry.affine is not None,
     }  # fmt: skip
 
 

@@ -7,10 +7,12 @@ whatever it was saved as.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+from xml.parsers import expat
 
 import numpy as np
 import torch
@@ -24,16 +26,25 @@ __all__ = [
     "IMAGE_KEYS",
     "KSPACE_KEYS",
     "REFERENCE_KEYS",
+    "HEADER_LIMIT",
+    "TRAJECTORY_KEYS",
+    "UNIT",
+    "Encoding",
     "Format",
     "Image",
     "as_complex64",
     "check_layout",
     "complex_values",
     "first_key",
+    "header_number",
+    "header_sizes",
+    "header_voxel_size",
     "image_only",
     "make_image",
+    "make_non_cartesian_scan",
     "make_scan",
     "mask_tensor",
+    "parse_header",
     "row_range",
     "shifted",
     "single_key",
@@ -44,6 +55,7 @@ CSM_KEYS = ("csm", "smaps", "maps", "sens_maps", "sensitivity", "sensitivities",
 IMAGE_KEYS = (
     "reconstruction", "reconstruction_rss", "reconstruction_esc", "image", "target", "reference", "img", "data", "x",
 )  # fmt: skip
+TRAJECTORY_KEYS = ("trajectory", "traj", "coord", "coords")
 REFERENCE_KEYS = ("target", "reconstruction_esc", "reconstruction_rss", "reference", *IMAGE_KEYS)
 
 
@@ -225,8 +237,7 @@ def make_scan(
     power = torch.stack([one.abs().double().square().sum(0) for one in k])
     if not bool(power.isfinite().all()):
         check_finite(k, "kspace", str(file))
-    if not bool(power.any()):
-        raise errors.NoData("every sample is zero", file=file, key="kspace")
+    _check_measured(power, file)
     if mask is None:
         m = _infer_mask(power, file)
     else:
@@ -234,15 +245,24 @@ def make_scan(
         m = m[rows] if m.shape[0] == b else m
         k = _apply_mask(k, m, power, file)
     _warn_off_centre(power, file)
-    maps = None
-    if csm is not None:
-        maps = torch.from_numpy(np.ascontiguousarray(complex_values(csm, file, "csm")))
-        maps = maps[None] if maps.ndim == 3 else maps
-        maps = (maps[rows] if maps.shape[0] == b else maps).to(k.dtype)
     return Scan(
-        kspace=k, mask=m, image_shape=(k.shape[-2], k.shape[-1]), csm=maps, noise_std=noise_std,
-        geometry=shifted(geometry or Geometry(), rows.start), provenance=provenance,
+        kspace=k, mask=m, image_shape=(k.shape[-2], k.shape[-1]), csm=_maps(csm, b, rows, k.dtype, file),
+        noise_std=noise_std, geometry=shifted(geometry or Geometry(), rows.start), provenance=provenance,
     )  # fmt: skip
+
+
+def _check_measured(power: Tensor, file: Path) -> None:
+    if not bool(power.any()):
+        raise errors.NoData("every sample is zero", file=file, key="kspace")
+
+
+def _maps(csm: np.ndarray | None, total: int, rows: slice, dtype: torch.dtype, file: Path) -> Tensor | None:
+    """Coil maps as files store them → complex `(B or 1, C, H, W)` of the wanted slices."""
+    if csm is None:
+        return None
+    maps = torch.from_numpy(np.ascontiguousarray(complex_values(csm, file, "csm")))
+    maps = maps[None] if maps.ndim == 3 else maps
+    return (maps[rows] if maps.shape[0] == total else maps).to(dtype)
 
 
 def check_layout(shape: tuple[int, ...], file: Path, key: str, *, pair: bool = False) -> None:
@@ -328,6 +348,9 @@ def _apply_mask(kspace: Tensor, mask: Tensor, power: Tensor, file: Path) -> Tens
     return kspace * mask if outside > 0 else kspace
 
 
+_ONLY_NOISE = "{file}: kspace: hardly more energy in the middle than elsewhere: is it only noise?"
+
+
 def _warn_off_centre(power: Tensor, file: Path) -> None:
     """The strongest sample is the zero frequency, and belongs in the centre."""
     h, w = power.shape[-2:]
@@ -339,6 +362,197 @@ def _warn_off_centre(power: Tensor, file: Path) -> None:
             f"({h // 2}, {w // 2}); numpy.fft.fftshift moves it from the corner to the centre",
             "unsupported_layout",
         )
+        return
+    if min(h, w) >= 32:
+        middle = power[:, h // 2 - h // 16 : h // 2 + h // 16, w // 2 - w // 16 : w // 2 + w // 16]
+        if float(middle.sum()) * float((power > 0).sum()) < 2 * float(power.sum()) * float((middle > 0).sum()):
+            errors.warn(_ONLY_NOISE.format(file=file), "no_data")
+
+
+# ---------------------------------------------------------------- arrays and a trajectory → Scan
+
+UNIT = "cycles per field of view"
+"""What a trajectory of ours is measured in, and what we write beside it."""
+
+
+def make_non_cartesian_scan(
+    kspace: np.ndarray,
+    trajectory: np.ndarray,
+    *,
+    file: Path,
+    unit: str | None = None,
+    image_shape: tuple[int, int] | None = None,
+    csm: np.ndarray | None = None,
+    slices: slice | None = None,
+    total: int | None = None,
+    noise_std: float | None = None,
+    geometry: Geometry | None = None,
+    provenance: str = "acquired",
+) -> Scan:
+    """A Scan from samples along a trajectory, its unit made cycles per field of view.
+
+    Arguments:
+        kspace: complex `(B, C, M)`.
+        trajectory: `(B or 1, M, 2)`, (row, column), in `unit`.
+        unit: what the file says it is, in words: "cycles per field of view", "cycles per pixel" or "radians per pixel"
+            may occur in it; None: tell it from the extent, with a word about it.
+        image_shape: `(H, W)`; None takes that of the maps, or a square that holds the trajectory, with a word about it.
+        The others: as for `make_scan`.
+
+    Raises:
+        UnsupportedLayout, InconsistentShapes, NonFinite, NoData, BadOption.
+    """
+    y = complex_values(kspace, file, "kspace")
+    if trajectory.dtype.kind not in "iuf":
+        raise errors.UnsupportedLayout(f"found {trajectory.dtype}, expected real numbers", file=file, key="trajectory")
+    if y.ndim != 3 or 0 in y.shape:
+        raise errors.NoData(f"shape {y.shape} holds no sample", file=file, key="kspace")
+    b = len(y) if total is None else total
+    rows = row_range(slices, b)
+    k = torch.from_numpy(np.ascontiguousarray(y if total is not None else y[rows]))
+    t = torch.from_numpy(np.ascontiguousarray(trajectory.astype(np.float32)))
+    if t.ndim != 3 or t.shape[0] not in (1, b) or tuple(t.shape[1:]) != (k.shape[-1], 2):
+        raise errors.InconsistentShapes(
+            f"found {tuple(trajectory.shape)}, expected ({b} or 1, {k.shape[-1]}, 2): (row, column) of every sample",
+            file=file, key="trajectory",
+        )  # fmt: skip
+    check_finite(t, "trajectory", str(file))
+    t = t[rows] if len(t) == b else t
+    check_finite(k, "kspace", str(file))
+    power = k.abs().double().square().sum(1)
+    _check_measured(power, file)
+    if image_shape is None and csm is not None and csm.ndim >= 2:
+        image_shape = (csm.shape[-2], csm.shape[-1])
+    t, shape = _in_cycles(t, unit, image_shape, file)
+    _warn_dark_centre(power, t, shape, file)
+    return Scan(
+        kspace=k, trajectory=t, image_shape=shape, csm=_maps(csm, b, rows, k.dtype, file), noise_std=noise_std,
+        geometry=shifted(geometry or Geometry(), rows.start), provenance=provenance,
+    )  # fmt: skip
+
+
+def _in_cycles(
+    t: Tensor, unit: str | None, shape: tuple[int, int] | None, file: Path
+) -> tuple[Tensor, tuple[int, int]]:
+    """The trajectory in cycles per field of view, and the image shape it belongs to.
+
+    Numbers alone do not say their unit, but their extent does: a half is the border in cycles per pixel, π in radians
+    per pixel, and half the image in cycles per field of view.
+    """
+    extent = float(t.abs().max())
+    said = (unit or "").lower()
+    if not said:
+        guessed = "cycles per pixel" if extent <= 0.5005 else "radians per pixel" if 2.5 < extent <= 3.15 else UNIT
+        if guessed != UNIT:
+            errors.warn(f"{file}: trajectory: no unit given, and an extent of {extent:.4g}: taken as {guessed}")
+        said = guessed
+    per_pixel = 1.0 if "per pixel" in said and "radian" not in said else 1 / (2 * math.pi) if "radian" in said else None
+    if shape is None:
+        if per_pixel is not None:
+            raise errors.MissingKey(
+                "a trajectory in units of pixels, and no size of the image", file=file, key="image_shape",
+                help=f"multiply the trajectory by the size of the image: {UNIT}",
+            )  # fmt: skip
+        # The border of the last sample, unless it lies on the border of the grid already.
+        n = 2 * math.ceil(extent - 1e-2)
+        shape = (max(n, 1), max(n, 1))
+        errors.warn(f"{file}: no size of the image given: {n}×{n}, which the trajectory just fills")
+    if per_pixel is not None:
+        t = t * (per_pixel * torch.tensor(shape, dtype=torch.float32))
+    return t, shape
+
+
+def _warn_dark_centre(power: Tensor, t: Tensor, shape: tuple[int, int], file: Path) -> None:
+    """The middle of k-space is brighter than the rest, unless nothing was in the coil or the trajectory is another's."""
+    radius = (t / torch.tensor(shape, dtype=torch.float32)).square().sum(-1).sqrt().expand(power.shape)
+    inner = radius < 1 / 16
+    if bool(inner.any()) and power.shape[-1] >= 256 and float(power[inner].mean()) < 2 * float(power.mean()):
+        errors.warn(
+            f"{file}: kspace: no more energy in the middle than elsewhere: only noise, or a wrong trajectory?",
+            "no_data",
+        )
+
+
+# ---------------------------------------------------------------- the ISMRMRD header
+
+Encoding = dict[str, str]
+"""What the header says of one encoding, its tags joined by dots: `encodedSpace.matrixSize.x` → "256"."""
+
+HEADER_LIMIT = 2**20
+
+
+def parse_header(raw: bytes, file: Path, key: str) -> list[Encoding]:
+    """The encodings of an ISMRMRD header; empty where it names none.
+
+    Raises:
+        UnsafeContent: it declares a DOCTYPE, the door to entity bombs and to other files.
+        ValueError: it is damaged or longer than a mebibyte.
+    """
+    if len(raw) > HEADER_LIMIT:
+        raise ValueError(f"{len(raw)} bytes are too long")
+    encodings: list[Encoding] = []
+    trail: list[str] = []
+    text: list[str] = []
+
+    def start(tag: str, _attributes: dict[str, str]) -> None:
+        trail.append(tag.rsplit(":", 1)[-1])
+        text.clear()
+        if trail[1:] == ["encoding"]:
+            encodings.append({})
+
+    def end(_tag: str) -> None:
+        if len(trail) > 2 and trail[1] == "encoding" and (value := "".join(text).strip()):
+            encodings[-1].setdefault(".".join(trail[2:]), value)
+        text.clear()
+        trail.pop()
+
+    def doctype(*_: object) -> None:
+        raise errors.UnsafeContent(
+            "XML with a DOCTYPE, which could name other files or grow without bound", file=file, key=key
+        )
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler = text.append
+    parser.StartDoctypeDeclHandler = doctype
+    try:
+        parser.Parse(raw, True)
+    except expat.ExpatError as e:
+        raise ValueError(str(e)) from e
+    return encodings
+
+
+def header_number(encoding: Mapping[str, str], name: str) -> float:
+    """A number of the header; 0 where it is absent or none."""
+    try:
+        value = float(encoding.get(name, "0"))
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
+
+
+def header_sizes(encoding: Mapping[str, str], space: str) -> tuple[list[float], list[float]]:
+    """Matrix and field of view in mm, along x, y and z, of "encodedSpace" or "reconSpace"; 0 where absent."""
+    matrix = [header_number(encoding, f"{space}.matrixSize.{axis}") for axis in "xyz"]
+    return matrix, [header_number(encoding, f"{space}.fieldOfView_mm.{axis}") for axis in "xyz"]
+
+
+def header_voxel_size(encoding: Mapping[str, str], shape: tuple[int, int]) -> tuple[float, float, float] | None:
+    """Spacing of an image of `shape`, in mm; None where the header has another matrix or does not know.
+
+    One millimetre per pixel is what converters write when they do not know.
+    """
+    for space in ("encodedSpace", "reconSpace"):
+        matrix, fov = header_sizes(encoding, space)
+        if {*shape} != {*matrix[:2]} or min(*fov, *matrix) <= 0:
+            continue
+        if fov[:2] == matrix[:2]:
+            return None
+        spacing = [size / n for size, n in zip(fov, matrix, strict=True)]
+        if shape[0] != matrix[0]:
+            spacing[0], spacing[1] = spacing[1], spacing[0]
+        return spacing[0], spacing[1], spacing[2]
+    return None
 
 
 # ---------------------------------------------------------------- arrays → Image

@@ -8,21 +8,21 @@
     csm, reference        ours: coil maps, and the complex reference where it is known
     reconstruction        an image that came of it; fastMRI's evaluation looks for this name
     image, variance       ours: the complex image, and its pixelwise variance
+    trajectory            float (slices or 1, …, 2), (row, column) of samples off the grid; kspace is then
+                          (slices, coils, …) with the same axes … (one, or spokes and samples) at its end
 
 Rows are the readout and columns the phase encoding. Attributes that we write: provenance, noise_std, voxel_size,
-affine, acceleration (measured), max and norm (of the reference). Arrays carry fletcher32 checksums, so that a
-flipped bit on a disk is an error, not another image.
+affine, acceleration (measured), max and norm (of the reference), units (of the trajectory), image_shape. Arrays carry
+fletcher32 checksums, so that a flipped bit on a disk is an error, not another image.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.parsers import expat
 
 import numpy as np
 from torch import Tensor
@@ -33,12 +33,20 @@ from .base import (
     CSM_KEYS,
     IMAGE_KEYS,
     REFERENCE_KEYS,
+    TRAJECTORY_KEYS,
+    UNIT,
+    Encoding,
     Image,
     as_complex64,
     check_layout,
+    complex_values,
     first_key,
+    header_sizes,
+    header_voxel_size,
     make_image,
+    make_non_cartesian_scan,
     make_scan,
+    parse_header,
     row_range,
     shifted,
     single_key,
@@ -49,16 +57,13 @@ if TYPE_CHECKING:
 
 __all__ = ["list_arrays", "read_array", "read_image", "read_scan", "write"]
 
-_HEADER_LIMIT = 2**20
-
 
 def read_scan(path: Path, slices: slice | None) -> Scan:
     """The scan in a fastMRI file; only the wanted slices are read."""
     with files.open_hdf5(path) as h:
         keys = files.hdf5_keys(h, path)
         if files.hdf5_dataset(h, "kspace", path) is None:
-            raise _without_kspace(h, keys, path)
-        _refuse_trajectory(keys, path)
+            raise _without_kspace(keys, path)
         kspace = _numeric(h, "kspace", path)
         shape, kind = kspace.shape, kspace.dtype.kind
         pair = kind in "iuf"
@@ -69,6 +74,8 @@ def read_scan(path: Path, slices: slice | None) -> Scan:
             )  # fmt: skip
         grid = shape[:-1] if pair else shape
         header = _read_header(h, path)
+        if (key := first_key(TRAJECTORY_KEYS, keys)) is not None:
+            return _read_non_cartesian(h, kspace, key, header, slices, path)
         _compare_header(header, grid, path)
         check_layout(shape, path, "kspace", pair=pair)
         total = grid[0] if len(grid) > 2 else 1
@@ -137,17 +144,8 @@ def list_arrays(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- parts of a file
 
 
-def _without_kspace(h: Any, keys: list[str], path: Path) -> errors.TunemriError:
+def _without_kspace(keys: list[str], path: Path) -> errors.TunemriError:
     """Which of the files without `kspace` this is."""
-    import h5py
-
-    for key in keys:
-        group = files.hdf5_dataset(h, key, path)
-        if isinstance(group, h5py.Group) and {"xml", "data"} <= set(files.hdf5_keys(group, path)):
-            return errors.UnsupportedLayout(
-                "ISMRMRD raw data, which is not read yet", file=path, key=key,
-                help="convert it to a fastMRI file with a dataset kspace (slices, coils, rows, columns)",
-            )  # fmt: skip
     if (image := first_key(IMAGE_KEYS, keys)) is not None:
         return errors.MissingKey(
             "no k-space, only an image", file=path, key="kspace",
@@ -156,11 +154,54 @@ def _without_kspace(h: Any, keys: list[str], path: Path) -> errors.TunemriError:
     return errors.MissingKey("no such dataset", file=path, key="kspace", help=errors.did_you_mean("kspace", keys))
 
 
-def _refuse_trajectory(keys: list[str], path: Path) -> None:
-    if (key := first_key(("trajectory", "traj", "coord", "coords"), keys)) is not None:
-        raise errors.UnsupportedLayout(
-            "non-Cartesian samples, which are not read yet", file=path, key=key, help="grid them first"
-        )
+def _read_non_cartesian(
+    h: Any, kspace: h5py.Dataset, key: str, header: Encoding, slices: slice | None, path: Path
+) -> Scan:
+    """Samples along a trajectory: the axes that both arrays end with are one list of samples."""
+    y = complex_values(files.hdf5_array(kspace, path), path, "kspace")
+    found = _numeric(h, key, path)
+    t = files.hdf5_array(found, path)
+    samples, layout = _sample_axes(y.shape, t.shape, path, key), y.shape
+    lead = layout[: y.ndim - samples]
+    if len(lead) == 1 and t.ndim == samples + 1:
+        errors.warn(f"{path}: kspace {layout} along one trajectory read as (coils, …) of one slice")
+        lead = (1, *lead)
+    elif len(lead) < 2:
+        lead = (*lead, 1) if lead else (1, 1)
+    y = y.reshape(*lead, -1)
+    t = t.reshape(-1, y.shape[-1], 2)
+    unit = _text(files.hdf5_attribute(found, "units")) or _text(files.hdf5_attribute(h, "units"))
+    shape = _numbers(h, "image_shape", 2) or (_numbers(h, "grid", 1) or []) * 2
+    matrix = header_sizes(header, "reconSpace")[0][:2]
+    size = (shape or (matrix if min(matrix) >= 1 else None)) and tuple(int(n) for n in shape or matrix)
+    if size is None and unit is None and samples == 2 and float(np.abs(t).max(initial=0)) <= 3.15:
+        # In units of pixels, and no size: a spoke has as many samples as the grid that its file was made for.
+        errors.warn(f"{path}: no size of the image given: that of the readout, {layout[-1]}, is taken")
+        size = (layout[-1], layout[-1])
+    return make_non_cartesian_scan(
+        y, t, file=path, unit=unit, image_shape=(size[0], size[1]) if size else None, slices=slices,
+        csm=_optional(h, CSM_KEYS, path), noise_std=_noise_std(h, path),
+        geometry=_geometry(h, header, (size[0], size[1]) if size else (0, 0)), provenance=_provenance(h),
+    )  # fmt: skip
+
+
+def _sample_axes(kspace: tuple[int, ...], trajectory: tuple[int, ...], path: Path, key: str) -> int:
+    """How many axes at the end of k-space count its samples: one, or two (spokes and samples).
+
+    Raises:
+        InconsistentShapes: the two arrays do not fit.
+    """
+    for count in (2, 1) if len(kspace) == 2 else (1, 2):
+        lead, shared = kspace[:-count], trajectory[: -1 - count]
+        same = len(trajectory) > count and trajectory[-1 - count :] == (*kspace[-count:], 2)
+        if same and len(lead) <= 2 and shared in ((), (1,), lead[:1]):
+            return count
+    swapped = trajectory[-1:] != (2,) and 2 in trajectory
+    raise errors.InconsistentShapes(
+        f"found {trajectory} beside k-space {kspace}, expected (slices or 1, …, 2) beside (slices, coils, …)",
+        file=path, key=key,
+        help="numpy.moveaxis puts the axis of two, (row, column), last" if swapped else "the samples come last in both",
+    )  # fmt: skip
 
 
 def _optional(h: Any, keys: tuple[str, ...], path: Path) -> np.ndarray | None:
@@ -212,13 +253,9 @@ def _noise_std(h: Any, path: Path) -> float | None:
 
 # ---------------------------------------------------------------- the ISMRMRD header
 
-_Space = dict[str, float]
 
-
-def _read_header(h: Any, path: Path) -> _Space:
-    """Matrices and fields of view, keys `encodedSpace.matrixSize.x` … `reconSpace.fieldOfView_mm.z`.
-
-    Empty where the header is absent or unusable.
+def _read_header(h: Any, path: Path) -> Encoding:
+    """The first encoding of the header; empty where it is absent or unusable.
 
     Raises:
         UnsafeContent: it declares a DOCTYPE, the door to entity bombs and to other files.
@@ -231,51 +268,19 @@ def _read_header(h: Any, path: Path) -> _Space:
         return {}
     value = files.hdf5_array(found, path).ravel()[0]
     raw = value.encode() if isinstance(value, str) else bytes(value) if isinstance(value, bytes) else b""
-    if len(raw) > _HEADER_LIMIT:
-        errors.warn(f"{path}: ismrmrd_header of {len(raw)} bytes is too long, ignored")
-        return {}
     try:
-        return _parse_header(raw, path)
-    except (expat.ExpatError, ValueError) as e:
+        return next(iter(parse_header(raw, path, "ismrmrd_header")), {})
+    except ValueError as e:
         errors.warn(f"{path}: ismrmrd_header is damaged ({e}), ignored")
         return {}
 
 
-def _parse_header(raw: bytes, path: Path) -> _Space:
-    space: _Space = {}
-    trail: list[str] = []
-    text: list[str] = []
-
-    def start(tag: str, _attributes: dict[str, str]) -> None:
-        trail.append(tag.rsplit(":", 1)[-1])
-        text.clear()
-
-    def end(_tag: str) -> None:
-        if len(trail) == 5 and trail[1] == "encoding" and trail[3] in ("matrixSize", "fieldOfView_mm"):
-            number = float("".join(text))
-            if math.isfinite(number):
-                space.setdefault(".".join(trail[2:]), number)
-        trail.pop()
-
-    def doctype(*_: object) -> None:
-        raise errors.UnsafeContent(
-            "XML with a DOCTYPE, which could name other files or grow without bound", file=path, key="ismrmrd_header"
-        )
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = text.append
-    parser.StartDoctypeDeclHandler = doctype
-    parser.Parse(raw, True)
-    return space
-
-
-def _compare_header(header: _Space, shape: tuple[int, ...], path: Path) -> None:
+def _compare_header(header: Encoding, shape: tuple[int, ...], path: Path) -> None:
     """Refuse (slices, rows, columns, coils) where the header says rows × columns; mention any other difference."""
-    encoded = {header.get(f"encodedSpace.matrixSize.{axis}") for axis in "xy"}
-    if None in encoded or set(shape[-2:]) == encoded or not 2 <= len(shape) <= 4:
+    x, y = (int(n) for n in header_sizes(header, "encodedSpace")[0][:2])
+    encoded = {x, y}
+    if 0 in encoded or set(shape[-2:]) == encoded or not 2 <= len(shape) <= 4:
         return
-    x, y = (int(header[f"encodedSpace.matrixSize.{axis}"]) for axis in "xy")
     if len(shape) == 4 and set(shape[1:3]) == encoded:
         raise errors.InconsistentShapes(
             f"shape {tuple(shape)} against a header matrix of {x}×{y}: the coils seem to come last", file=path,
@@ -286,28 +291,18 @@ def _compare_header(header: _Space, shape: tuple[int, ...], path: Path) -> None:
     )
 
 
-def _geometry(h: Any, header: _Space, shape: tuple[int, ...]) -> Geometry:
-    """Our own attributes first, then the header unless its field of view is a placeholder."""
+def _geometry(h: Any, header: Encoding, shape: tuple[int, int]) -> Geometry:
+    """Our own attributes first, then the header."""
     affine = _numbers(h, "affine", 16)
-    rows = tuple(tuple(affine[i : i + 4]) for i in range(0, 16, 4)) if affine else None
     voxel = _numbers(h, "voxel_size", 3)
-    if voxel and min(voxel) > 0:
-        return Geometry(voxel_size=(voxel[0], voxel[1], voxel[2]), affine=rows)
-    for space in ("encodedSpace", "reconSpace"):
-        matrix = [header.get(f"{space}.matrixSize.{axis}", 0) for axis in "xyz"]
-        fov = [header.get(f"{space}.fieldOfView_mm.{axis}", 0) for axis in "xyz"]
-        if {*shape} != {*matrix[:2]} or min(*fov, *matrix) <= 0:
-            continue
-        if fov[:2] == matrix[:2]:  # one millimetre per pixel is what converters write when they do not know
-            break
-        spacing = [size / n for size, n in zip(fov, matrix, strict=True)]
-        if shape[0] != matrix[0]:
-            spacing[0], spacing[1] = spacing[1], spacing[0]
-        return Geometry(voxel_size=(spacing[0], spacing[1], spacing[2]), affine=rows)
-    return Geometry(affine=rows)
+    ours = (voxel[0], voxel[1], voxel[2]) if voxel and min(voxel) > 0 else None
+    return Geometry(
+        voxel_size=ours or header_voxel_size(header, shape),
+        affine=tuple(tuple(affine[i : i + 4]) for i in range(0, 16, 4)) if affine else None,
+    )
 
 
-def _header_xml(height: int, width: int, geometry: Geometry) -> str:
+def _header_xml(height: int, width: int, geometry: Geometry, trajectory: str) -> str:
     """The least that fastMRI's loaders and the ISMRMRD schema ask for; 1 mm pixels where the size is unknown."""
     dr, dc, ds = geometry.voxel_size or (1.0, 1.0, 1.0)
     space = (
@@ -320,7 +315,7 @@ def _header_xml(height: int, width: int, geometry: Geometry) -> str:
         "<experimentalConditions><H1resonanceFrequency_Hz>0</H1resonanceFrequency_Hz></experimentalConditions>"
         f"<encoding><encodedSpace>{space}</encodedSpace><reconSpace>{space}</reconSpace>"
         f"<encodingLimits><kspace_encoding_step_1>{limits}</kspace_encoding_step_1></encodingLimits>"
-        "<trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
+        f"<trajectory>{trajectory}</trajectory></encoding></ismrmrdHeader>"
     )
 
 
@@ -347,7 +342,8 @@ def write(
             chunks = (1,) * (array.ndim - 2) + array.shape[-2:]
             h.create_dataset(key, data=array, chunks=chunks, fletcher32=True)
         if isinstance(what, Scan):
-            h["ismrmrd_header"] = _header_xml(*what.image_shape, geometry)
+            kind = "cartesian" if what.trajectory is None else "other"
+            h["ismrmrd_header"] = _header_xml(*what.image_shape, geometry, kind)
         for name, value in attributes.items():
             if value is not None:
                 h.attrs[name] = value
@@ -358,21 +354,28 @@ def write(
 def _scan_contents(
     scan: Scan, reference: Tensor | None, geometry: Geometry
 ) -> tuple[list[tuple[str, np.ndarray]], dict[str, Any]]:
-    if scan.trajectory is not None or scan.mask is None:
-        raise errors.UnsupportedLayout("non-Cartesian scans are not written yet", key="trajectory")
     assert scan.scale is not None
     scale = scan.scale.double()
-    in_units = scan.kspace if bool((scale == 1).all()) else scan.kspace * scale[:, None, None, None]
+    in_units = (
+        scan.kspace if bool((scale == 1).all()) else scan.kspace * scale.reshape(-1, *[1] * (scan.kspace.ndim - 1))
+    )
     y = as_complex64(in_units.numpy(force=True))
-    arrays = [("kspace", y[:, 0] if scan.coils == 1 else y)]
-    mask = scan.mask.numpy(force=True).astype(np.uint8)[:, 0]
-    arrays.append(("mask", mask if len(mask) > 1 else mask[0] if mask.shape[1] > 1 else mask[0, 0]))
+    place: dict[str, Any] = {}
+    if scan.mask is not None:
+        arrays = [("kspace", y[:, 0] if scan.coils == 1 else y)]
+        mask = scan.mask.numpy(force=True).astype(np.uint8)[:, 0]
+        arrays.append(("mask", mask if len(mask) > 1 else mask[0] if mask.shape[1] > 1 else mask[0, 0]))
+    else:
+        assert scan.trajectory is not None
+        arrays = [("kspace", y), ("trajectory", scan.trajectory.float().numpy(force=True))]
+        place = {"units": UNIT, "image_shape": np.array(scan.image_shape)}
     if scan.csm is not None:
         arrays.append(("csm", as_complex64(scan.csm.numpy(force=True))))
     attributes = {
         "provenance": scan.provenance,
         "noise_std": None if scan.noise_std is None else scan.noise_std * float(scale.mean()),
         "acceleration": scan.acceleration,
+        **place,
         **_geometry_attributes(geometry),
     }
     if reference is not None:

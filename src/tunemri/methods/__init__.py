@@ -17,6 +17,7 @@ from .. import errors, files
 from .base import Dial, Reconstructor, prepare, reconstruct
 from .classical import Sense, TotalVariation, Wavelet, ZeroFilled
 from .hyperrecon import HyperRecon, SingleWeight
+from .metalearned import MetaLearned
 
 __all__ = ["METHODS", "Dial", "Reconstructor", "bundled", "card", "load", "make", "prepare", "reconstruct", "save"]
 
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Reconstructor]] = {
     "wavelet": Wavelet,
     "hyperrecon": HyperRecon,
     "single-weight": SingleWeight,
+    "meta-learned": MetaLearned,
 }
 
 FORMAT = 1  # of the header; a file with a larger number was written by a newer tunemri

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import coils, errors
+from ..nufft import calibration_block
 from ..operators import LinearOperator, encoding
 from ..scan import Reconstruction, Scan, normalise
 
@@ -118,7 +119,7 @@ class Reconstructor(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, y: Tensor, A: LinearOperator) -> Reconstruction:
-        """Reconstruct from normalised data `y` `(B, C, H, W)` measured by `A`; dials as keywords."""
+        """Reconstruct from normalised data `y` `(B, C, H, W)` or `(B, C, M)` measured by `A`; dials as keywords."""
 
     @property
     def dials(self) -> dict[str, Dial]:
@@ -162,6 +163,12 @@ class Reconstructor(nn.Module, abc.ABC):
             for name, dial in dials.items()
         }
 
+    def view(self, scan: Scan, **options: Any) -> Any:
+        """Turn this method's dials on a scan, live in a notebook: `tunemri.view(scan, self, …)`."""
+        from ..viewer import view  # the package's top row: found when somebody looks, not when a method is made
+
+        return view(scan, self, **options)
+
     def outside(self, scan: Scan) -> list[str]:
         """Sentences that say in which respects a prepared `scan` lies outside what these weights were trained for."""
         said = []
@@ -187,6 +194,8 @@ class Reconstructor(nn.Module, abc.ABC):
             )
         if "coils" in self.trained and scan.coils > self.trained["coils"]:
             said.append(f"{scan.coils} coils, trained for at most {self.trained['coils']:g}")
+        if self.trained and not self.trained.get("trajectory") and scan.trajectory is not None:
+            said.append("samples off the grid, trained for samples on it")
         return said
 
 
@@ -198,7 +207,7 @@ def data_residual(x: Tensor, y: Tensor, A: LinearOperator) -> Tensor:
         return error / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def prepare(scan: Scan, *, csm: str = "low-resolution") -> Scan:
+def prepare(scan: Scan, *, csm: str = "espirit") -> Scan:
     """A scan ready for any method: maps present and normalised, each slice divided by its scale.
 
     Arguments:
@@ -209,10 +218,25 @@ def prepare(scan: Scan, *, csm: str = "low-resolution") -> Scan:
     """
     if csm not in coils.MAPS:
         raise errors.BadOption(f"found {csm!r}", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
+    if scan.trajectory is not None:
+        reach = float((scan.trajectory.abs().amax((0, 1)) / scan.trajectory.new_tensor(scan.image_shape)).amax())
+        if reach < 1 / 8:
+            errors.warn(
+                f"trajectory: reaches {2 * reach:.0%} of the way to the edge of k-space: expect a blurred image; "
+                "is it in cycles per field of view?"
+            )
     maps = scan.csm
     if maps is None and scan.coils > 1:
-        assert scan.mask is not None
-        maps = coils.MAPS[csm](scan.kspace, scan.mask)
+        centre = scan.kspace, scan.mask
+        if scan.trajectory is not None:
+            centre = calibration_block(scan.kspace, scan.trajectory, scan.image_shape)
+        assert centre[1] is not None
+        if coils.poorly_calibrated(centre[1], scan.image_shape):
+            errors.warn(
+                f"hardly a centre of k-space to estimate the maps of {scan.coils} coils from: expect poor ones; "
+                "name a file with maps, if there is one"
+            )
+        maps = coils.MAPS[csm](centre[0], centre[1])
     if maps is not None:
         rss = maps.abs().square().sum(1, keepdim=True).sqrt()
         inside = rss > 1e-3 * rss.amax()
@@ -225,7 +249,7 @@ def prepare(scan: Scan, *, csm: str = "low-resolution") -> Scan:
 
 
 def reconstruct(
-    scan: Scan, model: Reconstructor, *, csm: str = "low-resolution", extrapolate: bool = False, **dials: Any
+    scan: Scan, model: Reconstructor, *, csm: str = "espirit", extrapolate: bool = False, **dials: Any
 ) -> Reconstruction:
     """Reconstruct every slice of a scan: estimate maps if needed → normalise → encode → model → un-normalise.
 
@@ -275,6 +299,11 @@ def reconstruct(
         errors.warn(f"the image misses the measured data by {misfit:.0%}: do not trust it; wrong coil maps or weights?")
     unfinished = [piece.status for piece in pieces if piece.status != "converged"]
     up = factor.to(image.real.dtype)[:, None, None]
+    # Lists among the numbers worth reporting have one entry per slice; of the rest, the first slice's stands for all.
+    stats = {
+        name: [entry for piece in pieces for entry in piece.stats[name]] if isinstance(value, list) else value
+        for name, value in pieces[0].stats.items()
+    }
     residuals = [piece.residual for piece in pieces if piece.residual is not None]
     variances = [piece.variance for piece in pieces if piece.variance is not None]
     return Reconstruction(
@@ -282,7 +311,7 @@ def reconstruct(
         csm=ready.csm,
         variance=torch.cat(variances) * up.square() if variances else None,
         status=unfinished[0] if unfinished else "converged",
-        stats={**pieces[0].stats, "scale": factor.tolist()},
+        stats={**stats, "scale": factor.tolist()},
         dials=pieces[0].dials,
         residual=torch.cat(residuals) if residuals else None,
     )

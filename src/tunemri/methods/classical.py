@@ -26,14 +26,14 @@ _EDGE = 0.02  # a small edge of a normalised image
 
 
 class ZeroFilled(Reconstructor):
-    """x̂ = Aᴴ y: what was not measured is taken for zero. Nothing to set, so it has no dials."""
+    """x̂ = Aᴴ y, or Aᴴ W y off the grid: what was not measured is taken for zero. Nothing to set, so it has no dials."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arguments = {}
 
     def forward(self, y: Tensor, A: LinearOperator) -> Reconstruction:
-        x = A.H(y)
+        x = _first_image(y, A)
         return Reconstruction(image=x, residual=data_residual(x, y, A))
 
 
@@ -66,7 +66,10 @@ class Sense(Reconstructor):
         ] = 0.02,
     ) -> Reconstruction:  # fmt: skip
         number = _number(lam)
-        solution = solvers.cg(lambda x: A.gram(x) + lam * x, A.H(y), **self.arguments)
+        b = A.H(y)
+        x0 = _first_image(y, A, b)
+        start = None if x0 is b else x0
+        solution = solvers.cg(lambda x: A.gram(x) + lam * x, b, start, **self.arguments)
         return _reconstruction(solution, y, A, number, self.arguments["tolerance"])
 
 
@@ -107,7 +110,7 @@ class TotalVariation(Reconstructor):
             gradient,
             lambda p: -divergence(p),
             lambda p: regularisers.shrink_field(p, _EDGE),
-            b,
+            _first_image(y, A, b),
             rho=rho,
             **self.arguments,
         )
@@ -171,11 +174,23 @@ class Wavelet(Reconstructor):
             elif status.iteration > n - 2 * (n // 4):
                 earlier = earlier + status.value.detach()
 
-        solution = solvers.fista(lambda x: A.gram(x) - b, prox, b, iterations=n, tolerance=0, callback=watch)
+        x0, step = _first_image(y, A, b), torch.ones(())
+        if x0 is not b:  # off the grid: AᴴA is as large as the centre is oversampled
+            with torch.no_grad():
+                step = 1 / solvers.power_iteration(A.gram, x0, iterations=8).clamp(min=1)
+        solution = solvers.fista(
+            lambda x: A.gram(x) - b, prox, x0, iterations=n, step=step, tolerance=0, callback=watch
+        )
         drift = _norm(later - earlier) / _norm(later).clamp(min=1e-30)
         arrived = solution.converged | ((drift <= self.arguments["tolerance"]) & (n >= 4))
         solution = replace(solution, residual=drift, converged=arrived)
         return _reconstruction(solution, y, A, number, self.arguments["tolerance"])
+
+
+def _first_image(y: Tensor, A: LinearOperator, b: Tensor | None = None) -> Tensor:
+    """Aᴴ W y, with W = 1 on a grid, where it is b = Aᴴ y."""
+    weighted, root_y = A.preconditioned(y)
+    return b if weighted is A and b is not None else weighted.H(root_y)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ with Hypernetworks" (2021); "Computing Multiple Image Reconstructions with a Sin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,11 +22,11 @@ from torch import Tensor, nn
 from .. import errors, losses
 from ..networks import HyperNetwork, apply_batched, build
 from ..networks.hypernet import generated_names
-from ..operators import LinearOperator
+from ..operators import Cartesian, LinearOperator
 from ..scan import Reconstruction
 from .base import Dial, Reconstructor, data_residual
 
-__all__ = ["PRESETS", "HyperRecon", "SingleWeight", "bake"]
+__all__ = ["CRITERIA", "PRESETS", "HyperRecon", "Selection", "SingleWeight", "bake"]
 
 _JOURNAL_UNET = {"name": "unet", "width": 32, "complex_output": False, "batch_norm": True}
 
@@ -40,6 +42,59 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Scores of a reconstruction without its truth, `(B,)`, small is good: what data-driven sampling ranks by.
+CRITERIA = ("dc", "relative-dc", "noise", "heldout")
+_BINS = 10  # of the histogram of weights, along each dial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Data-driven sampling: which samples of a batch, each at its own w, are learned from.
+
+    All are reconstructed; those that score best without their truth are kept, so that the network spends itself on
+    weights that give useful images. Those dropped leave no gradient.
+
+    Arguments:
+        keep: share of the batch that is kept.
+        criterion: "dc", ‖A x̂ − y‖² as in the papers, which prefers dark images; "relative-dc", over ‖y‖²; "noise",
+            |‖A x̂ − y‖² / (M σ²) − 1|, which does not reward fitting the noise (M samples; "relative-dc" where σ is
+            unknown or zero); "heldout", the error at samples that a second reconstruction was not shown.
+        temperature: 0 keeps or drops; above, every sample counts by the softmin of its score, relative to the median.
+        pair_steps: first steps, with weight on the first and last term alone (as in the history of the authors' code).
+        uniform_steps: first steps without selection.
+
+    Source: A. Q. Wang, A. V. Dalca, M. R. Sabuncu, "Regularization-Agnostic Compressed Sensing MRI Reconstruction
+    with Hypernetworks" (2021).
+    """
+
+    keep: float = 0.25
+    criterion: str = "relative-dc"
+    temperature: float = 0.0
+    pair_steps: int = 0
+    uniform_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise errors.BadOption(
+                f"found {self.criterion!r}", key="criterion", help=errors.did_you_mean(self.criterion, CRITERIA)
+            )
+        if (
+            not 0 < self.keep <= 1
+            or not 0 <= self.temperature < math.inf
+            or min(self.pair_steps, self.uniform_steps) < 0
+        ):
+            raise errors.BadOption(f"found {self}, expected 0 < keep ≤ 1 and numbers ≥ 0", key="selection")
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """Scores `(B,)` → how much each sample counts, `(B,)`, sum 1."""
+        if self.temperature > 0:
+            return torch.softmax(-scores / (self.temperature * scores.median().clamp(min=1e-12)), 0)
+        count = max(1, round(self.keep * len(scores)))
+        shares = torch.zeros_like(scores)
+        shares[scores.argsort(stable=True)[:count]] = 1 / count
+        return shares
+
+
 class HyperRecon(Reconstructor):
     """A hypernetwork and its main network.
 
@@ -47,17 +102,24 @@ class HyperRecon(Reconstructor):
         main: the main network, `name` (see `networks.NETWORKS`) and its arguments.
         widths: hidden layers of the hypernetwork.
         residual: θ₀ + Δθ(w) with constant-norm inputs (our default), or the plain form of the papers.
-        direct: see `networks.HyperNetwork`.
+        form: how much of θ follows w, "full" or one of the lighter ones, see `networks.HyperNetwork`.
         terms: names of the loss terms, in the order of w; all but the first become dials.
         scales: s_k, one per term: the loss of a network trained for that term alone (`training.match_scales`);
             or "auto": the size of the term's gradient in the image, relative to that of the first term, as a
             running mean over training, so that equal weights pull equally hard.
         faces: share of training draws on the faces of the simplex.
+        objective: "log" of the weighted sum of losses, see `loss`; "mean", the sum as it is, as in the papers.
+        selection: arguments of `Selection`, data-driven sampling; None learns from all samples.
+        antithetic: train each image at one w and at its K cyclic shifts (for two terms: w and its mirror). What the
+            settings have in common then cancels from the gradient of the dial's own weights, which otherwise drowns
+            in it; and a batch shares its settings, so that the convolutions run in plain batches.
         backend: how per-sample weights are applied, see `networks.apply_batched`.
         trained: range of settings and scans seen in training, filled in by the recipe.
     """
 
     scales: Tensor
+    step: Tensor
+    histogram: Tensor
 
     def __init__(
         self,
@@ -65,10 +127,13 @@ class HyperRecon(Reconstructor):
         main: Mapping[str, Any],
         widths: Sequence[int],
         residual: bool = True,
-        direct: bool = False,
+        form: str = "full",
         terms: Sequence[str] = ("mae", "ssim"),
         scales: Sequence[float] | str | None = None,
         faces: float = 0.2,
+        objective: str = "log",
+        selection: Mapping[str, Any] | None = None,
+        antithetic: bool = False,
         backend: str = "auto",
         trained: Mapping[str, Any] | None = None,
     ) -> None:
@@ -78,22 +143,42 @@ class HyperRecon(Reconstructor):
             raise errors.BadOption(
                 f"found {list(terms)}, expected two or more: with one there is nothing to weigh", key="terms"
             )
-        self.names, self.faces, self.backend = tuple(terms), faces, backend
+        self.names, self.faces, self.antithetic, self.backend = tuple(terms), faces, antithetic, backend
         self.automatic = scales == "auto"
         self.register_buffer("scales", _scales(None if self.automatic else scales, len(terms)))
         network = build(main)
-        self.hypernet = HyperNetwork(network, len(terms), widths, residual=residual, direct=direct)
+        self.hypernet = HyperNetwork(network, len(terms), widths, residual=residual, form=form)
         for name in generated_names(network):
             _make_placeholder(network, name)
         self.main = network
-        if self.automatic and list(network.parameters()):
+        coupled = bool(list(network.parameters()))
+        if coupled and self.automatic:
             raise errors.BadOption(
                 "a network with batch normalisation needs its own numbers", key="scales", help="one per term, or none"
             )
+        if coupled and antithetic:
+            raise errors.BadOption(
+                "a network with batch normalisation takes one setting per sample", key="antithetic", help="leave it out"
+            )
+        if objective not in ("log", "mean"):
+            raise errors.BadOption(f"found {objective!r}, expected log or mean", key="objective")
+        self.objective = objective
+        try:
+            self.selection = None if selection is None else Selection(**selection)
+        except TypeError as error:
+            raise errors.BadOption(str(error), key="selection") from error
+        if self.selection is not None:
+            if antithetic:
+                raise errors.BadOption("antithetic training takes every setting, selection does not", key="selection")
+            # In the state: an exact resume needs the step, and the histogram is what the model was trained on.
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("histogram", torch.zeros((_BINS,) * (len(terms) - 1) if len(terms) < 4 else (0,)))
         self.trained = dict(trained or {})
         self.arguments = {
-            "main": dict(main), "widths": list(widths), "residual": residual, "direct": direct, "terms": list(terms),
-            "scales": "auto" if self.automatic else None, "faces": faces, "backend": backend, "trained": self.trained,
+            "main": dict(main), "widths": list(widths), "residual": residual, "form": form, "terms": list(terms),
+            "scales": "auto" if self.automatic else None, "faces": faces, "objective": objective,
+            "selection": None if self.selection is None else asdict(self.selection), "antithetic": antithetic,
+            "backend": backend, "trained": self.trained,
         }  # fmt: skip
 
     @property
@@ -117,13 +202,14 @@ class HyperRecon(Reconstructor):
             torch.as_tensor(dials.get(name, dial.default), dtype=torch.float32) for name, dial in self.dials.items()
         ]
         rows = max((c.numel() for c in columns), default=1)
-        device = self.hypernet.head.bias.device
+        device = self.scales.device
         return losses.weights_from_lambdas(torch.stack([c.reshape(-1).expand(rows) for c in columns], 1)).to(device)
 
     def forward(self, y: Tensor, A: LinearOperator, **dials: float | Tensor) -> Reconstruction:
         """Reconstruct at the given dials; a dial may be `(B,)`, one setting per sample."""
         w = self.weights(y.shape[0], dials)
-        x = self.image(A.H(y), A, self.hypernet(w))
+        weighted, root_y = A.preconditioned(y)
+        x = self.image(weighted.H(root_y), weighted, self.hypernet(w))
         used = {name: _plain(dials.get(name, dial.default)) for name, dial in self.dials.items()}
         return Reconstruction(image=x, dials=used, residual=data_residual(x, y, A))
 
@@ -132,43 +218,103 @@ class HyperRecon(Reconstructor):
         return apply_batched(self.main, theta, x0, _gram(A), backend=self.backend)
 
     def loss(self, example: Any, generator: torch.Generator) -> Tensor:
-        """Mean over samples of log Σ_k (w_k / s_k) L_k, each sample at its own random w.
+        """Mean over samples of log Σ_k (w_k / s_k) L_k, each at its own random w (or see `antithetic`, `selection`).
 
         The logarithm leaves the best image of a sample where it is and lets every sample pull alike; without it, the few
         that are nearly hopeless (10× random points) outweigh the many where there is something to learn.
 
-        The backward pass has two stages: each sample is run forward and backward alone and leaves the
+        The backward pass has two stages: each setting is run forward and backward alone and leaves the
         gradient of its generated weights; one backward pass through the hypernetwork then takes them all.
-        Same gradient, and the memory of one sample instead of B. A main network with batch
+        Same gradient, and the memory of one setting instead of all. A main network with batch
         normalisation couples the samples and takes the ordinary way.
         """
         y, A, x = example.y, example.A, example.target
-        batch = y.shape[0]
-        w = losses.sample_weights(batch, len(self.names), generator, faces=self.faces).to(y.real.dtype)
-        theta = self.hypernet(w.to(self.hypernet.head.bias.device))
-        x0 = A.H(y)
+        x0, count = A.H(y), len(self.names)
+        if self.antithetic:
+            w = losses.sample_weights(1, count, generator, faces=self.faces)
+            w = torch.cat([w.roll(shift, 1) for shift in range(count)])
+        else:
+            w = self._draw(y.shape[0], generator)
+        theta = self.hypernet(w.to(self.scales.device))
+        w = w.to(y.real)
+        shares = self._shares(example, x0, theta, w, generator)
         if list(self.main.parameters()):
             values = _term_values(self._terms, self.image(x0, A, theta), x, y, A, theta)
-            return _balanced(values, w / self.scales).mean()
+            return (self._objective(values, w) * shares).sum()
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         total = x0.real.new_zeros(())
         gradients = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        for b in range(batch):
-            own = {name: leaf[b : b + 1] for name, leaf in leaves.items()}
-            A_b = A.sample(b)
-            x_hat = self.image(x0[b : b + 1], A_b, own)
-            truth = None if x is None else x[b : b + 1]
-            values = _term_values(self._terms, x_hat, truth, y[b : b + 1], A_b, own)
-            if self.automatic and self.training and b == 0:
+        followed = False
+        for row in shares.nonzero().flatten().tolist():
+            own = {name: leaf[row : row + 1] for name, leaf in leaves.items()}
+            some = slice(None) if self.antithetic else slice(row, row + 1)
+            A_row = A if self.antithetic else A.sample(row)
+            x_hat = self.image(x0[some], A_row, own)
+            values = _term_values(self._terms, x_hat, None if x is None else x[some], y[some], A_row, own)
+            if self.automatic and self.training and not followed:
                 self._follow_scales(values[0], x_hat)
-            value = _balanced(values, w[b : b + 1] / self.scales).sum() / batch
+                followed = True
+            value = self._objective(values, w[row]).mean() * shares[row]
             found = torch.autograd.grad(value, list(own.values()))
             for name, gradient in zip(own, found, strict=True):
-                gradients[name][b] = gradient[0]
+                gradients[name][row] = gradient[0]
             total = total + value.detach()
         surrogate = sum((theta[name] * gradients[name]).sum() for name in theta)
         # Value of the loss, gradient of the surrogate.
         return total + (surrogate - surrogate.detach())
+
+    def _objective(self, values: Tensor, w: Tensor) -> Tensor:
+        """Σ_k (w_k / s_k) L_k of each sample, or its logarithm, `(B,)`."""
+        weights = w / self.scales
+        return _balanced(values, weights) if self.objective == "log" else (values * weights).sum(1)
+
+    def _draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        w = losses.sample_weights(batch, len(self.names), generator, faces=self.faces)
+        if self.selection is not None and int(self.step) < self.selection.pair_steps:
+            share = torch.rand(batch, generator=generator)
+            w = torch.zeros_like(w)
+            w[:, 0], w[:, -1] = share, 1 - share
+        return w
+
+    def _shares(
+        self, example: Any, x0: Tensor, theta: Mapping[str, Tensor], w: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """How much each setting of the batch counts, `(B,)`, sum 1; equally unless `selection` says otherwise."""
+        shares = torch.full_like(w[:, 0], 1 / len(w))
+        chosen = self.selection
+        if chosen is None:
+            return shares
+        if int(self.step) >= chosen.uniform_steps:
+            with torch.no_grad():
+                shares = chosen.shares(self._scores(example, x0, theta, chosen.criterion, generator))
+        if self.training:
+            self.step += 1
+            if self.histogram.numel():
+                bins = (losses.lambdas_from_weights(w) * _BINS).long().clamp(0, _BINS - 1)
+                self.histogram.index_put_(tuple(bins.unbind(1)), shares, accumulate=True)
+        return shares
+
+    def _scores(
+        self, example: Any, x0: Tensor, theta: Mapping[str, Tensor], criterion: str, generator: torch.Generator
+    ) -> Tensor:
+        """How bad each reconstruction is, judged without its truth, see `Selection`; `(B,)`."""
+        y, A = example.y, example.A
+        if criterion == "heldout":
+            if not isinstance(A, Cartesian):
+                raise errors.BadOption("held-out samples need Cartesian sampling", key="criterion")
+            shown = (torch.rand(A.mask.shape, generator=generator) > 0.1).to(A.mask)
+            part = Cartesian(A.mask * shown, A.csm, A.in_shape)
+            hidden = 1 - shown
+            x_hat = self.image(part.H(y * shown), part, theta)
+            return _energy(hidden * (A(x_hat) - y)) / _energy(hidden * y).clamp(min=1e-12)
+        misfit = _energy(A(self.image(x0, A, theta)) - y)
+        if criterion == "dc":
+            return misfit
+        relative = misfit / _energy(y).clamp(min=1e-12)
+        if criterion == "relative-dc" or example.noise_std is None:
+            return relative
+        expected = example.noise_std.square() * (y != 0).flatten(1).sum(1)
+        return torch.where(expected > 0, (misfit / expected.clamp(min=1e-20) - 1).abs(), relative)
 
     def _follow_scales(self, values: Tensor, x_hat: Tensor) -> None:
         """Move s_k towards ‖∂L_k/∂x̂‖ / ‖∂L_1/∂x̂‖ of one sample: no pass through the network."""
@@ -219,12 +365,13 @@ class SingleWeight(Reconstructor):
 
     def forward(self, y: Tensor, A: LinearOperator) -> Reconstruction:
         """Reconstruct; no dial."""
-        x = self.main(A.H(y), A.gram)
+        weighted, root_y = A.preconditioned(y)
+        x = self.main(weighted.H(root_y), weighted.gram)
         return Reconstruction(image=x, residual=data_residual(x, y, A))
 
     def loss(self, example: Any, generator: torch.Generator) -> Tensor:
         """Mean over samples of log Σ_k (w_k / s_k) L_k, as for `HyperRecon`."""
-        y, A = example.y, example.A
+        A, y = example.A.preconditioned(example.y)
         weights = {name: p[None].expand(y.shape[0], *p.shape) for name, p in self.main.named_parameters()}
         values = _term_values(self._terms, self.main(A.H(y), A.gram), example.target, y, A, weights)
         return _balanced(values, self.weights / self.scales).mean()
@@ -255,6 +402,10 @@ def bake(model: HyperRecon, **dials: float) -> SingleWeight:
 
 def _gram(A: LinearOperator) -> Callable[[int | None], Callable[[Tensor], Tensor]]:
     return lambda index: (A if index is None else A.sample(index)).gram
+
+
+def _energy(y: Tensor) -> Tensor:
+    return y.abs().square().flatten(1).sum(1)
 
 
 def _term_values(
