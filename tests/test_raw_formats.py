@@ -34,7 +34,9 @@ from malformed import (
 from tunemri import errors, formats
 from tunemri.formats import Image
 from tunemri.fourier import fft2, ifft2
+from tunemri.operators import NonCartesian
 from tunemri.scan import Geometry, Reconstruction, Scan
+from tunemri.solvers import cg
 
 FILES = [ismrmrd_hdf5, ismrmrd_stream]
 both = pytest.mark.parametrize("save", FILES, ids=["hdf5", "stream"])
@@ -413,6 +415,13 @@ def test_bart_reads_what_we_write(tmp_path: Path) -> None:
 
     assert far(found, wanted) < 0.3, "twelve spokes, but the right way up"
     assert min(far(found, turned) for turned in (wanted.flip(0), wanted.flip(1), wanted.T)) > 0.4
+    scan = formats.read(tmp_path / "a.cfl")
+    A = NonCartesian(scan.trajectory, shape=scan.image_shape)
+    ours = cg(A.gram, A.H(scan.kspace), iterations=50).value
+    formats.write(tmp_path / "ours.cfl", Reconstruction(image=ours))
+    theirs, ours = (torch.from_numpy(np.fromfile(tmp_path / f"{x}.cfl", np.complex64)) for x in ("x", "ours"))
+    assert far(ours, theirs) < 0.3, "values in the same order"
+    assert far(ours, theirs.reshape(32, 32).T.flatten()) > 0.4
 
 
 # ---------------------------------------------------------------- DICOM

@@ -74,7 +74,7 @@ def to_physics(A: LinearOperator, *, noise_std: float = 0.0) -> Any:
     """
     deepinv = _deepinv()
 
-    class OperatorPhysics(deepinv.physics.LinearPhysics):  # type: ignore[misc, name-defined]
+    class OperatorPhysics(deepinv.physics.LinearPhysics):  # type: ignore[name-defined]
         def __init__(self) -> None:
             noise = deepinv.physics.GaussianNoise(noise_std / math.sqrt(2)) if noise_std else None
             super().__init__(img_size=(2, *A.in_shape) if A.in_shape else None, noise_model=noise)
@@ -106,9 +106,9 @@ def to_physics(A: LinearOperator, *, noise_std: float = 0.0) -> Any:
 def from_physics(physics: Any, shape: tuple[int, int] | None = None) -> LinearOperator:
     """A deepinv physics as a LinearOperator; its noise and sensor models stay behind.
 
-    `MRI` and `MultiCoilMRI` become a `Cartesian` operator with the same mask and maps, whose k-space is `(B, C, H, W)`:
-    single-coil data of deepinv are `to_complex(y)[:, None]` for it. Any other linear physics of complex images is called
-    through its own code, its data are `to_complex(y)`.
+    `MRI` and `MultiCoilMRI` become a `Cartesian` operator with the same mask and maps, whose data have a coil axis:
+    `to_complex(y)[:, None]` of single-coil ones. Any other linear physics of complex images runs its own code, and its
+    data are `to_complex(y)`.
 
     Arguments:
         physics: a `deepinv.physics.LinearPhysics`.
@@ -122,6 +122,8 @@ def from_physics(physics: Any, shape: tuple[int, int] | None = None) -> LinearOp
     deepinv = _deepinv()
     if not isinstance(physics, deepinv.physics.LinearPhysics):
         raise errors.UnsupportedLayout(f"found {type(physics).__name__}, expected a LinearPhysics", key="physics")
+    if getattr(physics, "three_d", False):
+        raise errors.UnsupportedLayout("found a physics of volumes, expected one of images", key="physics")
     own = _own(physics)
     if own is not None:
         return own
@@ -157,10 +159,11 @@ def _own(physics: Any) -> LinearOperator | None:
     if isinstance(own, LinearOperator):
         return own
     # Not their subclasses: those sample films or trajectories.
-    if type(physics) in (deepinv.physics.MRI, deepinv.physics.MultiCoilMRI) and not physics.three_d:
-        h, w = physics.mask.shape[-2:]
-        return Cartesian(physics.mask[:, :1], getattr(physics, "coil_maps", None), (h, w))
-    return None
+    if type(physics) not in (deepinv.physics.MRI, deepinv.physics.MultiCoilMRI):
+        return None
+    csm = getattr(physics, "coil_maps", None)
+    # A mask of a single row, without maps, does not tell the size of the image.
+    return Cartesian(physics.mask[:, :1], csm) if csm is not None or physics.mask.shape[-2] > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +171,11 @@ class _Foreign(LinearOperator):
     """A physics of deepinv behind our interface; `data` is the shape of its complex data after the batch axis."""
 
     physics: Any
-    in_shape: tuple[int, int]
+    shape: tuple[int, int]
     data: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_shape", self.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.physics.A(to_channels(x.reshape(-1, *x.shape[-2:])))
@@ -177,7 +183,7 @@ class _Foreign(LinearOperator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         x = self.physics.A_adjoint(to_channels(y.reshape(-1, *self.data)))
-        return to_complex(x).reshape(*y.shape[: -len(self.data)], *self.in_shape)
+        return to_complex(x).reshape(*y.shape[: -len(self.data)], *self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -281,6 +287,8 @@ class RED(Reconstructor):
             ),
         ] = 0.05,
     ) -> Reconstruction:  # fmt: skip
+        if not 0 <= lam < math.inf:
+            raise errors.BadOption(f"found {lam}, expected a finite number ≥ 0", key="lam")
         prior = Denoising(denoiser=copy.deepcopy(self.denoiser), sigma=sigma, channels=self.arguments["channels"])
         tolerance = self.arguments["tolerance"]
         weighted, root_y = A.preconditioned(y)
@@ -307,12 +315,12 @@ class RED(Reconstructor):
         )
 
 
-def to_reconstructor(model: Reconstructor, **dials: float | str) -> Any:
+def to_reconstructor(model: Reconstructor, **dials: Any) -> Any:
     """A method at one setting as a `deepinv.models.Reconstructor`: `model(y, physics)`, and so `deepinv.test`.
 
-    It gives the image of `tunemri.reconstruct`, as `(B, 2, H, W)` in the units of the data. `deepinv.metric.PSNR` and
-    `SSIM` measure as we do with complex_abs=True, max_pixel=None and min_pixel=0, slice by slice. No gradients: training
-    stays with `tunemri.fit`.
+    It gives the image of `tunemri.reconstruct`, as `(B, 2, H, W)` in the units of the data. deepinv's PSNR with
+    max_pixel=None and complex_abs=True is ours of each slice; its SSIM has another window and counts the rim. No
+    gradients pass: training stays with `tunemri.fit`.
 
     Arguments:
         model: any method; it is registered, and moves with the result.
@@ -325,7 +333,7 @@ def to_reconstructor(model: Reconstructor, **dials: float | str) -> Any:
     deepinv = _deepinv()
     model.check_dials(dials)
 
-    class AdaptedReconstructor(deepinv.models.Reconstructor):  # type: ignore[misc, name-defined]
+    class AdaptedReconstructor(deepinv.models.Reconstructor):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -339,7 +347,7 @@ def to_reconstructor(model: Reconstructor, **dials: float | str) -> Any:
 def _scan(y: Tensor, physics: Any) -> Scan:
     A, kspace = _own(physics), to_complex(y)
     if isinstance(A, Cartesian) and A.in_shape:
-        kspace = kspace[:, None] if kspace.ndim == 3 else kspace  # the MRI of deepinv has no coil axis
+        kspace = kspace[:, None] if kspace.ndim == 3 else kspace  # deepinv's MRI has no coil axis
         return Scan(kspace=kspace, mask=A.mask, csm=A.csm, image_shape=A.in_shape)
     if isinstance(A, NonCartesian) and A.in_shape and A.weights is None:
         return Scan(kspace=kspace, trajectory=A.trajectory, csm=A.csm, image_shape=A.in_shape)

@@ -728,20 +728,20 @@ def methods(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_j
     """The methods that there are, with their dials."""
     import inspect
 
-    from .methods import METHODS
+    from .methods import METHODS, needs_weights
 
-    def describe(kind: type[Reconstructor]) -> dict[str, Any]:
-        needs = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    def describe(name: str, kind: type[Reconstructor]) -> dict[str, Any]:
+        needs = needs_weights(name)
         dials = {} if needs else {n: d.as_dict() for n, d in kind().dials.items()}
         about = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0]
         return {
             "about": about,
-            "needs_weights": bool(needs),
+            "needs_weights": needs,
             "arguments": list(inspect.signature(kind).parameters),
             "dials": dials,
         }
 
-    _listing({n: describe(kind) for n, kind in METHODS.items()}, name, "method", as_json, lambda d: d["about"])
+    _listing({n: describe(n, kind) for n, kind in METHODS.items()}, name, "method", as_json, lambda d: d["about"])
 
 
 @app.command()

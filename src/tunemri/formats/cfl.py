@@ -1,7 +1,10 @@
 """BART's pairs of files: `.hdr` (text, sixteen sizes) and `.cfl` (complex64, the first index counts fastest).
 
 Axes used here: 0 rows, 1 columns, 3 coils, 13 slices. All others must have length 1. Samples along a trajectory have
-1 in axis 0 and count along axes 1 and 2 (readout and spoke), as `bart nufft` takes them.
+1 in axis 0 and count along axes 1 and 2 (readout and spoke), as `bart nufft` takes them. Component 0 of a trajectory is
+the frequency along axis 0 of the image, which BART calls x or readout and we call rows: read here, reconstructed and
+written here, a scan gives the array that `bart nufft -i` makes of the same files, not its transpose. (A program that shows
+axis 0 from left to right shows both lying on their side.)
 
 A scan is one file NAME.cfl with companions beside it, found by name: NAME may end in `_ksp`, `_kspace` or `_data`,
 which is then replaced, otherwise the ending is added.

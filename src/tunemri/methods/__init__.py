@@ -19,7 +19,7 @@ from .classical import Sense, TotalVariation, Wavelet, ZeroFilled
 from .hyperrecon import HyperRecon, SingleWeight
 from .metalearned import MetaLearned
 
-__all__ = ["METHODS", "Dial", "Reconstructor", "bundled", "card", "load", "make", "prepare", "reconstruct", "save"]
+__all__ = ["METHODS", "Dial", "Reconstructor", "bundled", "card", "load", "make", "needs_weights", "prepare", "reconstruct", "save"]
 
 METHODS: dict[str, type[Reconstructor]] = {
     "zero-filled": ZeroFilled,
@@ -87,6 +87,11 @@ def save(
         temporary.write_bytes(safetensors.torch.save(tensors, {"tunemri": json.dumps(header, sort_keys=True)}))
 
 
+def needs_weights(method: str) -> bool:
+    """Whether a method of METHODS is trained: one that has a loss to minimise gives no image worth having without weights."""
+    return METHODS[method].loss is not Reconstructor.loss
+
+
 def bundled() -> dict[str, Path]:
     """Weights that ship with the package: name → file."""
     folder = Path(str(importlib.resources.files("tunemri") / "weights"))
@@ -104,22 +109,14 @@ def load(name: str | Path) -> Reconstructor:
     if text in (shipped := bundled()):
         return _read(shipped[text])
     if text in METHODS:
-        needs = [p.name for p in inspect.signature(METHODS[text]).parameters.values() if p.default is p.empty]
-        if not needs:
+        if not needs_weights(text):
             return METHODS[text]().eval()
         raise errors.BadOption(
             f"{text} needs trained weights", key="model", help=f"name a file, or one of: {', '.join(shipped)}"
         )
     path = Path(text)
     if not path.suffix and not path.exists():
-        known = [
-            *shipped,
-            *(
-                n
-                for n, k in METHODS.items()
-                if all(p.default is not p.empty for p in inspect.signature(k).parameters.values())
-            ),
-        ]
+        known = [*shipped, *(n for n in METHODS if not needs_weights(n))]
         raise errors.BadOption(f"found {text!r}", key="model", help=errors.did_you_mean(text, known))
     return _read(path)
 
