@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -26,10 +29,11 @@ from laws import scan
 from test_reconstructors import build
 from tunemri import errors, formats
 from tunemri.evaluation import Contestant
-from tunemri.methods import METHODS, Dial, Reconstructor, reconstruct
+from tunemri.methods import METHODS, Dial, Reconstructor, prepare, reconstruct
 from tunemri.scan import Geometry, Reconstruction, select
 from tunemri.simulate import phantom
-from tunemri.viewer import Session, server, widget
+from tunemri.viewer import Session, Source, server, widget
+from tunemri.viewer import session as engine
 from tunemri.viewer.offline import page
 from tunemri.viewer.session import Answer, Desk, letters, pack
 
@@ -252,6 +256,26 @@ def test_the_back_gives_way_to_the_front(desk):
     inbox.until(lambda a: a.head["type"] == "stopped")
 
 
+def test_the_front_never_waits_for_a_back_that_waits_for_it(desk, monkeypatch):
+    """Either thread may estimate the maps of a slice, and the back one stands still while the front one works."""
+    bare, began = dataclasses.replace(scan((24, 24), coils=2), csm=None), threading.Event()
+    s = Session(bare, [Contestant(name="slow", model=Slow(2))], csm="low-resolution")
+    d, inbox, owner = desk(s), Inbox(), object()
+
+    def slowly(one, **options):
+        began.set()
+        for _ in range(30):
+            torch.ones(1).add(1)
+            time.sleep(0.01)
+        return prepare(one, **options)
+
+    monkeypatch.setattr(engine, "prepare", slowly)
+    d.ask(owner, s.read({"slot": "range", "number": 1}), inbox)
+    assert began.wait(5)
+    d.ask(owner, s.read({"slot": "a", "number": 2}), inbox)
+    inbox.until(lambda a: a.head["type"] == "image", 10)
+
+
 def test_stop_keeps_the_coarse_range(desk):
     s, inbox, owner = slow_session(20), Inbox(), object()
     d = desk(s)
@@ -305,6 +329,21 @@ def test_the_file_says_how_exact_it_is_and_needs_nothing_from_outside():
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
     assert "unsafe" not in policy
     assert "default-src 'none'" in policy
+
+
+def test_the_file_starts_where_the_dials_were_and_does_not_say_where_the_scan_lay():
+    s = session("sense", slices=3)
+    s.source = Source(path="/home/somebody/private/a scan.h5", sha256="0" * 64)
+    s.contestants = [dataclasses.replace(s.contestants[0], name="/home/somebody/model.safetensors")]
+    text, _ = page(s, 0, 2, {"lam": 0.125})
+    assert "somebody" not in text
+    packed = re.findall(r"data-answer>([^<]+)<", text)
+    answers = [zlib.decompress(base64.b64decode(p)) for p in packed]
+    assert not any(b"somebody" in a for a in answers)
+    about = head(answers[0])
+    assert about["models"][0]["dials"]["lam"]["start"] == 0.125
+    assert about["cut"] == 2, "what a pick kept in the file must name"
+    assert (about["source"]["word"], about["source"]["options"]) == ("'a scan.h5'", " --slice 2")
 
 
 def test_the_command_writes_the_file_and_its_sidecar(tmp_path):
@@ -412,6 +451,29 @@ def test_the_token_works_once_and_the_cookie_from_then_on(live):
     assert b"viewer.js" in answer.body
 
 
+def test_looking_at_the_headers_of_the_link_does_not_spend_it():
+    with served(session("zero-filled")) as link:
+        assert get(link, f"/?{urlsplit(link).query}", method="HEAD").status == 401
+        enter(link)
+
+
+def test_slow_clients_keep_nobody_out_and_are_shown_the_door(monkeypatch):
+    monkeypatch.setattr(server, "_PATIENCE", 0.5)
+    with served(session("zero-filled")) as link, contextlib.ExitStack() as stack:
+        parts, cookie = urlsplit(link), enter(link)
+        ws = stack.enter_context(socket_of(link, cookie))
+        idle = [
+            stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=5)) for _ in range(50)
+        ]
+        for one in idle:
+            one.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        assert get(link, Cookie=cookie).status == 200
+        assert {one.recv(100) for one in idle} == {b""}, "each is closed"
+        ws.recv(timeout=5)
+        ws.send(json.dumps({"slot": "a", "number": 5}))
+        assert head(ws.recv(timeout=10))["number"] == 5, "a websocket stays"
+
+
 def test_headers_are_safe_on_every_answer(live):
     link, cookie = live
     for answer in (
@@ -495,6 +557,7 @@ def test_the_socket_answers_and_survives_nonsense(live):
             "[]",
             '{"slot":"x","number":1}',
             '{"slot":"a","number":1,"dials":{"lam":1e999}}',
+            '{"slot":"a","number":1,"dials":{"lam":1' + "0" * 400 + "}}",
             '{"state":3}',
         ):
             ws.send(bad)

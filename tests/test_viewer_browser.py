@@ -317,6 +317,60 @@ def test_wheel_and_keys_change_the_slice(viewer, tmp_path):
     assert np.array_equal(viewer.exact(), command_of(viewer, tmp_path / "s0.npy"))
 
 
+def test_nothing_of_another_slice_stays_or_comes_late(viewer):
+    viewer.until("v.gallery.length && v.rangeOf(v.a.want).final", 60)
+    viewer.exact()
+    viewer.page.keyboard.press("t")
+    viewer.until("v.b.truth")
+    late = viewer.page.evaluate(
+        """() => {
+          const v = document.getElementById('tunemri').viewer;
+          const image = f => Object.assign(f.data.slice(), {shape: [f.height, f.width]});
+          const answer = (slot, f) => ({...f, slot, type: 'image', number: 0, arrays: {image: image(f)}});
+          const old = [answer('a', v.a.frame), answer('reference', v.b.frame)];
+          v.toSlice(0);
+          v.toSlice(2);
+          const gallery = v.gallery.length, tiles = v.tiles.children.length;
+          old.forEach(o => v.receive(o));
+          return [v.a.frame && v.a.frame.slice, v.b.frame && v.b.frame.slice, v.truth && v.truth.slice, gallery, tiles];
+        }"""
+    )
+    assert late[2:] in ([None, 0, 0], [None, 6, 6]), "no reference, and no tiles but those of this very slice"
+    assert set(late[:2]) <= {None, 2}
+    viewer.until("v.b.truth && v.b.frame.slice === 2")
+    assert viewer.js("v.gallery.every(g => g.want.slice === 2)")
+
+
+def test_the_difference_of_two_phases_is_at_most_half_a_turn(viewer):
+    viewer.page.keyboard.press("p")
+    viewer.page.keyboard.press("Shift+ArrowRight")
+    viewer.exact()
+    viewer.until("v.matches(v.b) && v.b.frame.kind === 'exact'")
+    viewer.page.keyboard.press("g")
+    viewer.settle()
+    a, b = viewer.data("v.a.frame"), viewer.data("v.b.frame")
+    rms = float(np.sqrt(np.mean(np.angle(a * b.conj()) ** 2)))
+    said = viewer.page.inner_text("figure[data-pane=c] .facts")
+    assert float(said.split()[1]) == pytest.approx(rms, rel=0.06)
+    assert said.split()[2].startswith("rad")
+    viewer.page.keyboard.press("j")
+    viewer.settle()
+    assert viewer.js("v.panes.a.scale").startswith("imaginary"), "the window of a signed part lies about zero"
+
+
+def test_a_swipe_names_both_and_a_lost_key_release_ends_the_flicker(viewer):
+    viewer.until("v.b.frame")
+    viewer.page.keyboard.press("w")
+    viewer.settle()
+    assert "sense lam 0.02 | B tv" in viewer.caption()
+    viewer.page.keyboard.press("w")
+    viewer.page.keyboard.down(" ")
+    assert viewer.js("v.flick")
+    viewer.page.evaluate("window.dispatchEvent(new Event('blur'))")
+    assert not viewer.js("v.flick")
+    viewer.page.keyboard.up(" ")
+
+
 def test_kept_settings_come_back_by_the_command_line(viewer, tmp_path):
     viewer.page.keyboard.press("k")
     viewer.page.keyboard.type("first, the default")

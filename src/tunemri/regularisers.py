@@ -103,7 +103,7 @@ class Wavelet:
 
     Arguments:
         wavelet: "haar", "db2" or "db4".
-        levels: None for as many as leave 32 coarse pixels on the shorter side.
+        levels: None for as many as leave 16 coarse pixels on the shorter side.
 
     Source: R. Coifman, D. Donoho, "Translation-invariant de-noising" (1995).
     """
@@ -121,7 +121,7 @@ class Wavelet:
         return idwt(c, levels, self.wavelet).roll((-shift[0], -shift[1]), (-2, -1))
 
     def _levels(self, x: Tensor) -> int:
-        return max_levels((x.shape[-2], x.shape[-1])) if self.levels is None else self.levels
+        return max_levels((x.shape[-2], x.shape[-1]), 16) if self.levels is None else self.levels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ class Dial:
             return str(value)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise errors.BadOption(
                 f"found {value!r}, expected a number in [{self.lo:g}, {self.hi:g}]", key=name
             ) from None

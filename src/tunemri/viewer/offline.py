@@ -7,11 +7,14 @@ about itself, its worst rebuild error, is measured on what it really holds: roun
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import html
 import math
 import os
+import shlex
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +33,15 @@ _STEPS = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)  # of the largest value; tried until t
 _CHECKS = 7
 
 
-def page(session: Session, model: int = 0, index: int | None = None) -> tuple[str, dict[str, Any]]:
+def page(
+    session: Session, model: int = 0, index: int | None = None, dials: Mapping[str, float | str] | None = None
+) -> tuple[str, dict[str, Any]]:
     """The file's text, and what is true of it.
 
     Arguments:
         model: which of the session's methods.
         index: which slice; None: the middle one.
+        dials: where they start; None: the method's own setting.
 
     Returns:
         the text, and: bytes, settings, components, worst_db, median_db (of the basis, at settings between its own), checked_db
@@ -46,14 +52,27 @@ def page(session: Session, model: int = 0, index: int | None = None) -> tuple[st
     """
     slice_index = len(session.scan) // 2 if index is None else index
     c = session.contestants[model]
-    request = Request(slot="export", number=0, model=0, slice=0, dials=c.model.check_dials(c.dials))
+    start = c.model.check_dials({**c.dials, **(dials or {})})
+    request = Request(slot="export", number=0, model=0, slice=0, dials=start)
     basis = session.basis(replace(request, model=model, slice=slice_index))
-    values = session.landscape(basis, replace(request, model=model, slice=slice_index))
     about = dict(session.about().head)
-    about |= {"models": [about["models"][model]], "slices": 1, "title": f"{session.title}" + (
+    about["cut"] = slice_index
+    shown = about["models"][model]
+    name = os.path.basename(c.name)
+    shown |= {
+        "name": name,
+        "word": shlex.quote(name),
+        "dials": {n: d | {"start": start[n]} for n, d in shown["dials"].items()},
+    }
+    about |= {"models": [shown], "slices": 1, "title": f"{session.title}" + (
         f", slice {slice_index}" if len(session.scan) > 1 else "")}  # fmt: skip
-    if about["source"] is not None and len(session.scan) > 1:
-        about["source"] = about["source"] | {"options": f" --slice {slice_index}{about['source']['options']}"}
+    if about["source"] is not None:
+        # The file is made to be given away: where scan and weights lay on this machine is nobody's business.
+        name = os.path.basename(about["source"]["scan"])
+        cut = f" --slice {slice_index}" if len(session.scan) > 1 else ""
+        about["source"] |= {"scan": name, "word": shlex.quote(name), "options": cut + about["source"]["options"]}
+    values = session.landscape(basis, replace(request, model=model, slice=slice_index))
+    scores = {"type": "scores", "model": 0, "slice": 0, "values": values}
     for step in _STEPS:
         head, arrays = range_facts(basis, step)
         checked = _checked(session, model, slice_index, basis, head["steps"], arrays)
@@ -61,9 +80,9 @@ def page(session: Session, model: int = 0, index: int | None = None) -> tuple[st
         answers = [
             Answer(head=about | {"checked_db": checked}),
             Answer(head=facts | {"worst_db": _least(head["worst_db"], checked)}, arrays=arrays),
-            Answer(head={"type": "scores", "model": 0, "slice": 0, "axes": head["axes"], "values": values}),
+            Answer(head={**scores, "axes": head["axes"], "fixed": head["fixed"]}),
         ]
-        text = _html(about["title"], c.name, answers)
+        text = _html(about["title"], shown["name"], answers)
         if len(text.encode()) <= _MOST_BYTES:
             return text, {
                 "bytes": len(text.encode()), "settings": basis.reconstructions, "components": len(basis.components),
@@ -130,7 +149,7 @@ def _checked(
     """Worst PSNR of what the file rebuilds against exact images, at settings between those of the grid."""
     pictures = torch.view_as_complex(torch.from_numpy(arrays["pictures"]).float().contiguous())
     pictures = pictures * torch.tensor(steps)[:, None, None]
-    worst = math.inf
+    worst, copied = math.inf, copy.deepcopy(session.contestants[model].model)
     for k in range(_CHECKS):
         # Golden-section positions, shifted by each dial: no setting of a regular grid, and the same every time.
         setting = {
@@ -138,7 +157,7 @@ def _checked(
             for d, (name, dial) in enumerate(basis.dials.items())
         }
         request = Request(slot="a", number=0, model=model, slice=index, dials={**basis.fixed, **setting})
-        exact = session.image(request)[0].image[0].to(torch.complex64)
+        exact = session.image(request, copied)[0].image[0].to(torch.complex64)
         c = basis.coefficients_at(torch.tensor([list(setting.values())], dtype=torch.float64))[0].float()
         rebuilt = pictures[0] + torch.tensordot(c.to(torch.complex64), pictures[1:], 1)
         mse = float((rebuilt - exact).abs().double().square().mean())

@@ -34,6 +34,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KINDS = {"viewer.html": "text/html", "viewer.js": "text/javascript", "viewer.css": "text/css"}
 _MAX_MESSAGE = 64 * 1024
 _MAX_CLIENTS = 4
+_MAX_CONNECTIONS = 256  # cheap ones: pages are constant and small
+_PATIENCE = 10.0  # seconds for a whole request
 _ADVANCE = 2.0  # seconds that the first image may hold up the start
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -142,7 +144,7 @@ async def _converse(websocket: WebSocket, owner: object, session: Session, desk:
                     session.note(message["state"])
                 else:
                     desk.ask(owner, session.read(message), tell)
-            except (ValueError, RecursionError):
+            except (ValueError, OverflowError, RecursionError):
                 tell(Answer(head={"type": "refused", "what": "not a message"}))
             except errors.TunemriError as error:
                 tell(Answer(head={"type": "refused", "what": str(error)[:300]}))
@@ -188,6 +190,7 @@ class _Guard:
             answer = PlainTextResponse(_REFUSED, 401 if http else 403)
             if (
                 self.token is not None
+                and scope["method"] == "GET"
                 and scope["path"] == "/"
                 and secrets.compare_digest(given.encode(), self.token.encode())
             ):
@@ -254,12 +257,29 @@ def prepare(session: Session, sock: socket.socket) -> tuple[uvicorn.Server, str]
     try:
         import uvicorn
         import websockets  # noqa: F401  uvicorn answers websockets only with it
+        from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError as error:
         raise errors.BadOption(f"the viewer needs {error.name}", key="viewer", help=INSTALL, exit_code=3) from None
+
+    class Impatient(H11Protocol):
+        """Closes a connection that dawdles over a request: a few of them would keep everybody out."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(_PATIENCE, self.look)
+
+        def look(self) -> None:
+            if self not in self.connections:  # gone, or a websocket by now
+                return
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+            else:
+                self.loop.call_later(_PATIENCE, self.look)
+
     port, token = sock.getsockname()[1], secrets.token_urlsafe(16)
     config = uvicorn.Config(
         application(session, token, f"tunemri-{port}"), log_level="error", access_log=False, lifespan="on",
-        ws="websockets-sansio", ws_max_size=_MAX_MESSAGE, ws_per_message_deflate=False, limit_concurrency=32,
+        http=Impatient, ws="websockets-sansio", ws_max_size=_MAX_MESSAGE, ws_per_message_deflate=False, limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=16 * 1024,
         server_header=False, proxy_headers=False,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from .. import __version__, errors
 from ..evaluation import Contestant
 from ..fourier import crop, fft2, pad
 from ..methods import prepare, reconstruct
-from ..methods.base import Dial
+from ..methods.base import Dial, Reconstructor
 from ..metrics import METRICS, score
 from ..operators import encoding
 from ..scan import Reconstruction, Scan, select
@@ -148,7 +148,7 @@ class Session:
         """Everything that a client needs to draw itself."""
         voxel = self.scan.geometry.voxel_size
         h, w = self.scan.image_shape
-        source = self.source
+        source, shown = self.source, self._ready(len(self.scan) // 2)  # what is shown first: its maps are needed anyway
         models = [
             {
                 "name": c.name,
@@ -156,7 +156,7 @@ class Session:
                 "about": (c.model.__doc__ or "").strip().partition("\n")[0],
                 "sha256": self.hashes.get(c.name),
                 "dials": {n: d.as_dict() | {"start": c.dials.get(n, d.default)} for n, d in c.model.dials.items()},
-                "outside": c.model.outside(self._ready(0)),
+                "outside": c.model.outside(shown),
             }
             for c in self.contestants
         ]
@@ -252,8 +252,14 @@ class Session:
         }  # fmt: skip
         return Answer(head=common | facts, arrays=arrays)
 
-    def image(self, request: Request) -> tuple[Reconstruction, dict[str, float], float]:
-        """The reconstruction exactly as `tunemri recon --slice` makes it, its metrics, and the seconds it took."""
+    def image(
+        self, request: Request, copied: Reconstructor | None = None
+    ) -> tuple[Reconstruction, dict[str, float], float]:
+        """The reconstruction exactly as `tunemri recon --slice` makes it, its metrics, and the seconds it took.
+
+        Arguments:
+            copied: the method's copy for the back thread: weights are swapped in while a network runs.
+        """
         key = (request.model, request.slice, *request.dials.items())
         with self._lock:
             if key in self._images:
@@ -261,7 +267,7 @@ class Session:
                 return self._images[key]
         torch.manual_seed(0)  # as the command line does
         start = time.perf_counter()
-        model = self.contestants[request.model].model
+        model = copied or self.contestants[request.model].model
         out = reconstruct(self._cut(request.slice), model, **dict[str, Any](request.dials))
         self._took[request.model] = seconds = time.perf_counter() - start
         found = (out, self._scores(out.image, request.slice), seconds)
@@ -279,7 +285,8 @@ class Session:
                 head, arrays = range_facts(basis)
                 common = {"slot": "range", "number": request.number, "model": request.model, "slice": request.slice}
                 tell(Answer(head={"type": "range", **common, "final": fine, **head}, arrays=arrays))
-                scores = {"type": "scores", "axes": head["axes"], "values": self.landscape(basis, request)}
+                values = self.landscape(basis, request)
+                scores = {"type": "scores", "axes": head["axes"], "fixed": head["fixed"], "values": values}
                 tell(Answer(head=common | scores))
 
     def basis(
@@ -340,13 +347,13 @@ class Session:
 
     def _cut(self, index: int) -> Scan:
         """One slice, with coil maps: estimated once, as the command line does for that slice."""
-        with self._lock:
-            if index not in self._slices:
-                one = select(self.scan, slice(index, index + 1))
-                if one.coils > 1 and one.csm is None:
-                    one = replace(one, csm=prepare(one, csm=self.csm).csm)
-                self._slices[index] = one
-            return self._slices[index]
+        # Not under the lock: the back thread may have to wait for the front here, which would wait for the lock.
+        if index not in self._slices:
+            one = select(self.scan, slice(index, index + 1))
+            if one.coils > 1 and one.csm is None:
+                one = replace(one, csm=prepare(one, csm=self.csm).csm)
+            self._slices.setdefault(index, one)
+        return self._slices[index]
 
     def _ready(self, index: int) -> Scan:
         return prepare(self._cut(index))
@@ -599,7 +606,7 @@ class Desk:
             from .offline import page
 
             with _Between(job.stop, self._free):
-                text, _ = page(self.session, job.request.model, job.request.slice)
+                text, _ = page(self.session, job.request.model, job.request.slice, job.request.dials)
             body = np.frombuffer(text.encode(), dtype=np.uint8)
             job.tell(
                 Answer(head={"type": "export", "slot": "export", "number": job.request.number}, arrays={"html": body})

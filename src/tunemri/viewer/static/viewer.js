@@ -106,7 +106,7 @@ export class Range {
     const s = this.scores, values = s && s.values[name];
     if (!values) return null;
     let at = -1;
-    values.forEach((v, i) => { if (v !== null && (at < 0 || (higher ? v > values[at] : v < values[at]))) at = i; });
+    values.forEach((v, i) => { if (Number.isFinite(v) && (at < 0 || (higher ? v > values[at] : v < values[at]))) at = i; });
     return at < 0 ? null : {where: Range.places(s.axes)[at], value: values[at]};
   }
 
@@ -166,6 +166,13 @@ const PARTS = {
   real: re => re,
   imaginary: (re, im) => im,
 };
+
+// The difference of two planes; that of two phases never exceeds half a turn.
+function minus(x, y, part) {
+  const d = new Float32Array(x.length), turn = 2 * Math.PI;
+  for (let i = 0; i < d.length; i++) { d[i] = x[i] - y[i]; if (part === "phase") d[i] -= turn * Math.round(d[i] / turn); }
+  return d;
+}
 
 function planeOf(data, part) {
   const out = new Float32Array(data.length / 2), f = PARTS[part];
@@ -283,6 +290,7 @@ export class Viewer {
       if (!open) this.root.replaceChildren(h("p", {className: "lost"}, why || "Connecting …"));
       return;
     }
+    this.progressing = null;
     this.banner.hidden = open;
     this.banner.textContent = open ? "" : `${why || "Lost the server, retrying."} Dials show previews.`;
     for (const w of [this.a, this.b, ...this.rows]) w.number = 0;  // what was asked before is not coming any more
@@ -323,7 +331,9 @@ export class Viewer {
   // An exact image. It is shown if it is what is wanted, or if nothing better is there; never in the place of a newer one.
   image(answer) {
     const frame = {...answer, kind: "exact", data: answer.arrays.image, height: answer.arrays.image.shape[0], width: answer.arrays.image.shape[1]};
+    const elsewhere = answer.slice !== this.slice;  // on its way while the slice was changed
     if (answer.slot === "reference") {
+      if (elsewhere) return;
       this.truth = frame;
       if (this.wantTruth) { this.wantTruth = false; this.b.frame = frame; this.b.truth = true; }
       return this.redraw();
@@ -335,7 +345,7 @@ export class Viewer {
     if (well.number === answer.number) { well.number = 0; well.error = null; }
     this.seconds = this.seconds || {};
     this.seconds[answer.model] = answer.seconds;
-    if (well.truth || (!newest && this.matches(well))) return;
+    if (well.truth || elsewhere || (!newest && this.matches(well))) return;
     well.frame = frame;
     this.redraw();
     if (well === this.a && this.tab === "k-space") this.send("kspace", this.a.want);
@@ -363,11 +373,11 @@ export class Viewer {
     this.redraw();
   }
 
-  scores({model, slice, axes, values}) {
-    for (const [key, range] of this.ranges) {
-      if (!key.startsWith(`${model}|${slice}|`)) continue;
-      range.scores = {axes, values};
-    }
+  scores({model, slice, fixed, axes, values}) {
+    const range = this.ranges.get(this.rangeKey(model, slice, fixed));
+    // Not known is not zero: NaN stays NaN between the points of a grid.
+    if (range) range.scores = {axes, values: Object.fromEntries(Object.entries(values).map(([n, all]) => [n, all.map(v => v ?? NaN)]))};
+    for (const w of [this.a, this.b]) if (range && w.frame?.kind === "preview" && this.rangeOf(w.frame) === range) w.frame = this.preview(w.frame, range);
     this.pick();
     const tuned = this.rows.find(w => w.tuning && w.want.model === model);
     if (tuned) this.atItsBest(tuned);
@@ -378,7 +388,7 @@ export class Viewer {
 
   failed(answer) {
     const well = this.well(answer.slot);
-    if (answer.slot === "range") this.progressing = null;
+    if (answer.slot === "range" && answer.number === this.rangeNumber) { this.progressing = null; this.unmade = `no range: ${answer.what}`; }
     if (well && well.number === answer.number) well.number = 0;
     if (well) well.error = answer.what + (answer.help && !answer.what.includes(answer.help) ? `; ${answer.help}` : "");
     else this.say(answer.what);
@@ -388,7 +398,8 @@ export class Viewer {
   halted(answer) {
     const well = this.well(answer.slot);
     if (well && well.number === answer.number) well.number = 0;
-    if (answer.slot === "range") this.progressing = null;
+    // One that a newer request replaced is not worth a word.
+    if (answer.slot === "range" && answer.number === this.rangeNumber) { this.progressing = null; this.unmade = "the range was stopped"; }
     this.redraw();
   }
 
@@ -402,6 +413,7 @@ export class Viewer {
   // Show at once what can be shown, and ask for the rest.
   refresh(well, delay = REST) {
     clearTimeout(well.timer);
+    if (well === this.b) this.wantTruth = false;
     well.truth = false;
     well.error = null;
     const known = this.exact.get(keyOf(well.want)), range = this.rangeOf(well.want);
@@ -425,7 +437,7 @@ export class Viewer {
       if (name === "residual") facts.residual = range.score(name, where);
       else facts.metrics[name] = range.score(name, where);
     }
-    return {...structuredClone(want), kind: "preview", data: range.rebuild(where), height, width, ...facts};
+    return {model: want.model, slice: want.slice, dials: {...want.dials}, kind: "preview", data: range.rebuild(where), height, width, ...facts};
   }
 
   rangeKey(model, slice, dials) {
@@ -437,8 +449,9 @@ export class Viewer {
 
   askRange(want = this.a.want, delay = 300) {
     clearTimeout(this.rangeTimer);
+    this.unmade = "";
     if (this.link.offline || !numeric(this.about.models[want.model].dials).length || this.rangeOf(want)?.final) return;
-    this.rangeTimer = setTimeout(() => this.send("range", want), delay);
+    this.rangeTimer = setTimeout(() => { this.rangeNumber = this.send("range", want); }, delay);
   }
 
   stop(slot) { if (this.open) this.link.send({stop: slot}); }
@@ -485,7 +498,9 @@ export class Viewer {
 
   pin() {
     this.b.want = structuredClone(this.a.want);
-    this.b.truth = false;
+    clearTimeout(this.b.timer);
+    this.b.truth = this.wantTruth = false;
+    this.b.error = null;
     this.b.frame = this.a.frame;
     if (this.a.frame?.kind !== "exact" || !this.matches(this.a)) this.refresh(this.b, 0);
     this.redraw();
@@ -499,10 +514,12 @@ export class Viewer {
     this.refresh(this.a, 0);
     this.refresh(this.b, 0);
     this.askRange();
+    this.note();
   }
 
   reference() {
     if (!this.about.reference) return this.say("no reference: quality unknown");
+    if (this.link.offline) return this.say("this file holds the scores, not the reference itself");
     if (this.b.truth) return this.refresh(this.b, 0);
     if (this.truth?.slice === this.slice) { this.b.frame = this.truth; this.b.truth = true; return this.redraw(); }
     this.wantTruth = true;
@@ -528,11 +545,12 @@ export class Viewer {
     if (k === this.slice) return;
     this.slice = k;
     this.truth = null;
-    const truth = this.b.truth;
+    const truth = this.b.truth || this.wantTruth;
     for (const w of [this.a, this.b, ...this.rows]) { w.want.slice = k; if (w.frame?.slice !== k) w.frame = null; }
     for (const w of [this.a, this.b]) this.refresh(w, 0);
     if (truth) { this.wantTruth = true; this.send("reference", this.a.want); }
     this.askRange(this.a.want, 700);
+    this.pick();
     if (this.tab !== "tune") this.show(this.tab);
     this.sliceInput.value = k;
   }
@@ -553,7 +571,7 @@ export class Viewer {
 
   picks() {
     const {source, models, version, title} = this.about;
-    const pick = k => ({model: models[k.model].name, model_sha256: models[k.model].sha256, dials: k.dials, slice: String(k.slice), note: k.note});
+    const pick = k => ({model: models[k.model].name, model_sha256: models[k.model].sha256, dials: k.dials, slice: String(this.about.cut ?? k.slice), note: k.note});
     const from = source ? {scan: source.scan, scan_sha256: source.sha256, csm: source.csm} : {title};
     // The first pick lies at the top as well: `recon --from picks.json` is that one, `--from picks.json#2` the second.
     return JSON.stringify({tunemri: version, ...from, ...pick(this.kept[0]), picks: this.kept.map(pick)}, null, 1) + "\n";
@@ -587,6 +605,13 @@ export class Viewer {
     const {lo, hi} = this.window || {lo: 0, hi: 1}, grey = this.inverted ? INVERTED : GREY;
     if (this.part === "phase") return [-Math.PI, Math.PI, CYCLIC];
     return this.part === "magnitude" ? [lo, hi, grey] : [-hi, hi, grey];
+  }
+
+  // The same in words.
+  scaleText() {
+    const [lo, hi] = this.tones(), digits = v => Number(v.toPrecision(3)).toString();
+    if (this.part === "phase") return "phase −π … π rad";
+    return this.part === "magnitude" ? `W ${digits(hi - lo)}  L ${digits((hi + lo) / 2)}` : `${this.part} −${digits(hi)} … ${digits(hi)}`;
   }
 
   resetView() { this.view = {zoom: 1, x: .5, y: .5}; this.redraw(); }
@@ -639,14 +664,14 @@ export class Viewer {
     };
     this.panes = {a: swatch("a", "A"), b: swatch("b", "B"), c: swatch("c", "A − B")};
     this.thirdMenu = h("select", {title: "third pane (d)", onchange: e => { this.third = e.target.value; this.redraw(); }},
-      Object.entries(THIRD).filter(([k]) => k !== "error" || about.reference).map(([k, v]) => h("option", {value: k}, v)));
+      Object.entries(THIRD).filter(([k]) => k !== "error" || (about.reference && !this.link.offline)).map(([k, v]) => h("option", {value: k}, v)));
     this.panes.c.title.replaceWith(this.thirdMenu);
     this.row = h("div", {className: "row"}, Object.values(this.panes).map(p => p.root));
 
     this.partMenu = h("select", {title: "m g h j", onchange: e => this.setPart(e.target.value)}, Object.keys(PARTS).map(p => h("option", {}, p)));
     const tools = h("div", {className: "tools"},
       button("pin A as B", "p", () => this.pin()), button("swap", "s", () => this.swap()),
-      about.reference ? button("reference as B", "t", () => this.reference()) : null,
+      about.reference && !this.link.offline ? button("reference as B", "t", () => this.reference()) : null,
       button("flicker", "hold space", () => this.blink()), button("swipe", "w", () => this.toggleSwipe()),
       this.partMenu, button("auto window", "double click", () => this.autoWindow()), button("reset view", "r", () => this.resetView()),
       h("span", {className: "gap"}), button("copy command", "the command line that makes pane A", () => this.copyCommand()),
@@ -739,7 +764,7 @@ export class Viewer {
       this.redraw();
     }}, numbers.map(n => h("option", {selected: n === this.axes()[k]}, n))))) : []));
     const scored = Object.entries(this.about.metrics).map(([n, m]) => [n, m.label]);
-    const grounds = [...scored, ["residual", "data residual"], ["change", "change against B"], ["spread", "how fast the image changes"], ["none", "nothing"]];
+    const grounds = [...scored, ["residual", "data residual"], ["change", this.changeName()], ["spread", "how fast the image changes"], ["none", "nothing"]];
     const chosen = this.ground.value || (this.about.reference ? "psnr" : "change");
     this.ground.replaceChildren(...grounds.map(([value, text]) => h("option", {value, selected: value === chosen}, text)));
     this.groundStamp = "";
@@ -767,7 +792,7 @@ export class Viewer {
 
   toBest() {
     const range = this.rangeOf(this.a.want), best = range?.best("psnr", true);
-    if (!best) return this.say("the range is not there yet");
+    if (!best) return this.say(numeric(this.dials()).length ? this.unmade || "the range is not there yet" : "this method has nothing to set");
     this.turn(Object.fromEntries(range.names.map((n, d) => [n, valueAt(range.dials[n], best.where[d])])));
   }
 
@@ -775,6 +800,8 @@ export class Viewer {
   pick() {
     const range = this.rangeOf(this.a.want);
     this.gallery = [];
+    this.tiles.replaceChildren();  // never those of another slice or method
+    this.spreadText.textContent = "";
     if (!range?.scores || !range.rank) return;
     const limit = Number(this.within.value), psnr = range.best("psnr", true), least = range.best("residual", false);
     const passes = psnr ? p => range.score("psnr", p) >= psnr.value - limit : p => !least || range.score("residual", p) <= least.value * limit;
@@ -884,6 +911,8 @@ export class Viewer {
       e.preventDefault();
       act();
     });
+    // Another window may take the key's release.
+    globalThis.addEventListener("blur", () => { this.gesture = false; if (this.flick && !this.blinking) { this.flick = false; this.redraw(); } });
     where.addEventListener("keyup", e => {
       this.gesture = false;
       if (e.key === " " && this.flick && !this.blinking) { this.flick = false; e.preventDefault(); this.dirty.add("panes"); this.later(); }
@@ -970,7 +999,7 @@ export class Viewer {
     pane.title.className = well === this.a ? "is-a" : "is-b";
     pane.error.hidden = !well.error;
     pane.error.textContent = well.error || "";
-    if (!frame) { pane.what.textContent = "…"; pane.chip.textContent = ""; return; }
+    if (!frame) { pane.what.textContent = "…"; pane.chip.textContent = pane.facts.textContent = ""; return; }
     const stamp = f => `${this.stamp(f)}|${this.part}|${lo}|${hi}|${this.inverted}`;
     this.drawImage(context, pane.picture.paint(this.plane(frame), frame.width, frame.height, lo, hi, lut, stamp(frame)));
     if (over?.frame) {
@@ -985,9 +1014,10 @@ export class Viewer {
       context.fillStyle = "#f0a23c";
       context.fillRect(x - 1, 0, 2, height);
     }
-    this.overlay(context, this.plane(frame), this.part === "phase" ? "phase [rad]" : null);
+    this.overlay(context, pane, this.plane(frame), this.scaleText());
     // The caption belongs to the pixels, not to the slider: what is drawn is what is named.
     pane.what.textContent = `${this.name(frame)}${Object.keys(frame.dials).length && frame.status !== "reference" ? " " + words(frame.dials) : ""}`;
+    if (over?.frame) pane.what.textContent += ` | B ${this.name(over.frame)}${over.frame.status === "reference" ? "" : " " + words(over.frame.dials)}`;
     pane.what.title = pane.what.textContent;
     const rough = frame.kind !== "exact";
     pane.chip.textContent = rough ? "preview" : this.matches(well) || well.truth ? "exact" : "exact, earlier setting";
@@ -1009,10 +1039,10 @@ export class Viewer {
     const span = this.window ? this.window.hi - this.window.lo : 1, [h0, w0] = this.about.shape;
     if (this.third === "matters") {
       const range = this.rangeOf(this.a.want);
-      if (!range) { pane.facts.textContent = numeric(this.dials()).length ? "the range is being made" : "nothing to set, nothing that changes"; return; }
+      if (!range) { pane.facts.textContent = numeric(this.dials()).length ? this.unmade || "the range is being made" : "nothing to set, nothing that changes"; return; }
       const top = .1 * span / this.gain, map = range.map();
       this.drawImage(context, pane.picture.paint(map, w0, h0, 0, top, CIVIDIS, ""));
-      this.overlay(context, map, `0 … ${top.toPrecision(2)}`);
+      this.overlay(context, pane, map, `0 … ${top.toPrecision(2)}`);
       pane.facts.textContent = "standard deviation over the whole range of the dials; drag across for contrast";
       return;
     }
@@ -1023,19 +1053,19 @@ export class Viewer {
       setTimeout(() => { this.askedTruth = false; }, 2000);
     }
     if (!one || !two) return;
-    const x = this.plane(one), y = this.plane(two), d = new Float32Array(x.length);
-    let sum = 0;
-    for (let i = 0; i < d.length; i++) { d[i] = x[i] - y[i]; sum += d[i] * d[i]; }
-    const top = .1 * span / this.gain;
+    const phase = this.part === "phase", d = minus(this.plane(one), this.plane(two), this.part);
+    const rms = Math.sqrt(d.reduce((sum, v) => sum + v * v, 0) / d.length), top = (phase ? .25 * Math.PI : .1 * span) / this.gain;
     this.drawImage(context, pane.picture.paint(d, w0, h0, -top, top, SIGNED, ""));
-    this.overlay(context, d, `±${top.toPrecision(2)}`);
+    this.overlay(context, pane, d, `±${top.toPrecision(2)}${phase ? " rad" : ""}`);
     pane.chip.textContent = one.kind === "exact" && two.kind === "exact" ? "exact" : "preview";
     pane.chip.className = `chip ${pane.chip.textContent === "exact" ? "fine" : "rough"}`;
-    pane.facts.textContent = `rms ${(100 * Math.sqrt(sum / d.length) / span).toFixed(2)} % of the window; orange: A is brighter, blue: darker, black: equal`;
+    pane.facts.textContent = phase ? `rms ${rms.toPrecision(2)} rad, background included; orange: A is ahead, blue: behind, black: equal`
+      : `rms ${(100 * rms / span).toFixed(2)} % of the window; orange: A is ${this.part === "magnitude" ? "brighter, blue: darker" : "higher, blue: lower"}, black: equal`;
   }
 
   // Letters, window, zoom and the value under the pointer: painted with the pixels, so that they cannot disagree.
-  overlay(context, plane, scale) {
+  overlay(context, pane, plane, scale) {
+    pane.scale = scale;
     const {width, height} = context.canvas, r = devicePixelRatio || 1, letters = this.about.letters;
     context.font = `${12 * r}px system-ui, sans-serif`;
     context.lineWidth = 3 * r;
@@ -1049,8 +1079,8 @@ export class Viewer {
       text(letters[2], width / 2, 16 * r, "center");
       text(letters[3], width / 2, height - 8 * r, "center");
     }
-    const {lo, hi} = this.window || {lo: 0, hi: 1}, digits = v => Number(v.toPrecision(3)).toString();
-    text(scale || `W ${digits(hi - lo)}  L ${digits((hi + lo) / 2)}`, 8 * r, height - 8 * r, "left");
+    const digits = v => Number(v.toPrecision(3)).toString();
+    text(scale, 8 * r, height - 8 * r, "left");
     const s = this.scaleOf(context.canvas);
     text(`${(s.x / r).toFixed(1)}×`, width - 8 * r, height - 8 * r, "right");
     const p = this.cursor;
@@ -1067,13 +1097,16 @@ export class Viewer {
   // The pad: two dials across and up before a map, or one dial under its curve. Marks keep off the rim.
   margin() { return this.axes().length > 1 ? {left: 12, right: 12, top: 12, bottom: 12} : {left: 12, right: 12, top: 14, bottom: 14}; }
 
+  // Change can be counted from B only where B is of the same method; else from the method's own setting.
+  comparable() { return !this.b.truth && this.rangeKey(this.b.want.model, this.slice, this.b.want.dials) === this.rangeKey(this.a.want.model, this.slice, this.a.want.dials); }
+  changeName() { return this.comparable() ? "change against B" : "change against the default"; }
+
   // What lies behind the dials: a number for a place on the pad, NaN where it is not known yet.
   behind(range) {
     const kind = this.ground.value;
     if (!range || kind === "none") return null;
     if (kind === "change") {
-      const same = !this.b.truth && this.rangeOf(this.b.want) === range;
-      const origin = range.weights(range.at(same ? this.b.want.dials : this.starts(this.a.want.model)));
+      const origin = range.weights(range.at(this.comparable() ? this.b.want.dials : this.starts(this.a.want.model)));
       return p => range.distance(range.weights(p), origin);
     }
     if (kind === "spread") return p => p.reduce((sum, _, d) => {
@@ -1101,6 +1134,7 @@ export class Viewer {
       }
     }
     if (!names.length || this.padCanvas.hidden) return;
+    for (const o of this.ground.options) if (o.value === "change") o.textContent = this.changeName();
     this.padCanvas.classList.toggle("line", names.length === 1);
     const context = this.fit(this.padCanvas), r = devicePixelRatio || 1, {width, height} = this.padCanvas, m = this.margin();
     const box = {x: m.left * r, y: m.top * r, w: width - (m.left + m.right) * r, h: height - (m.top + m.bottom) * r};
@@ -1114,7 +1148,7 @@ export class Viewer {
       context.fillStyle = "#9aa0a8";
       context.font = `${12 * r}px system-ui, sans-serif`;
       context.textAlign = "center";
-      const why = this.ground.value === "none" ? "" : this.link.offline || range?.final ? "not known without a reference" : "the range is being made …";
+      const why = this.ground.value === "none" ? "" : this.link.offline || range?.final ? "not known without a reference" : this.unmade || "the range is being made …";
       context.fillText(why, width / 2, height / 2 - 14 * r);
     }
     const spot = where => {
@@ -1231,6 +1265,7 @@ export class Viewer {
     if (p) lines.push(h("div", {}, `making the range${p.final ? ", finer" : ""}: ${p.done} settings, ${p.each < 1 ? `${Math.round(1000 * p.each)} ms` : `${p.each.toFixed(1)} s`} each `, stop("range", "stop and keep")));
     const busy = this.a.number && performance.now() - this.a.since > 400;
     if (busy) lines.push(h("div", {}, `exact image of ${model.name}: ${((performance.now() - this.a.since) / 1000).toFixed(1)} s `, stop("a", "stop, keep the preview")));
+    if (this.unmade && !p && !range?.final && numeric(this.dials()).length) lines.push(h("div", {}, `${this.unmade} `, h("button", {type: "button", onclick: () => this.askRange(this.a.want, 0)}, "make it")));
     if (range && !p) lines.push(h("div", {className: "soft"}, `preview from ${range.facts.settings} settings, ${range.rank} components; worst error ${range.facts.worst_db?.toFixed(0) ?? "–"} dB below the maximum`));
     this.work.replaceChildren(...lines);
   }
@@ -1263,7 +1298,7 @@ export class Viewer {
     for (const b of this.tabBar.children) {
       const name = b.dataset.tab;
       b.classList.toggle("on", name === tab);
-      b.hidden = (name === "uncertainty" && !std) || (this.link.offline && ["methods", "k-space", "uncertainty"].includes(name));
+      b.hidden = (name === "uncertainty" && !std) || (name === "landscape" && !numeric(this.dials()).length) || (this.link.offline && ["methods", "k-space", "uncertainty"].includes(name));
     }
     ({methods: () => this.buildMethods(), "k-space": () => this.send("kspace", this.a.want), report: () => this.buildReport(), landscape: () => this.buildLandscape()})[tab]?.();
     this.redraw();
@@ -1272,6 +1307,7 @@ export class Viewer {
   drawTab() {
     const std = [...this.tabBar.children].find(b => b.dataset.tab === "uncertainty");
     std.hidden = !this.a.frame?.arrays?.std;
+    [...this.tabBar.children].find(b => b.dataset.tab === "landscape").hidden = !numeric(this.dials()).length;
     ({methods: () => this.drawMethods(), landscape: () => this.drawLandscape(), uncertainty: () => this.drawUncertainty(), "k-space": () => this.drawKspace()})[this.tab]?.();
   }
 
@@ -1280,7 +1316,7 @@ export class Viewer {
     this.land = names.map(kind => {
       const canvas = h("canvas"), read = h("span", {className: "soft"});
       const metric = this.about.metrics[kind];
-      const title = metric ? `${metric.label} ${metric.higher ? "↑" : "↓"}` : kind === "residual" ? "data residual" : "change against B";
+      const title = metric ? `${metric.label} ${metric.higher ? "↑" : "↓"}` : kind === "residual" ? "data residual" : this.changeName();
       const item = {kind, canvas, read, root: h("figure", {title: metric ? `${metric.higher ? "higher" : "lower"} is better` : "not a measure of quality"}, h("figcaption", {}, h("b", {}, title), " ", read), canvas), picture: new Picture()};
       const spot = e => { const b = canvas.getBoundingClientRect(); return [clamp((e.clientX - b.left - 12) / (b.width - 24)), clamp(1 - (e.clientY - b.top - 12) / (b.height - 24))]; };
       canvas.addEventListener("pointermove", e => this.hover(spot(e)));
@@ -1408,7 +1444,8 @@ export class Viewer {
     const order = this.order || this.rows.map((_, i) => i);
     this.methodRows = order.map(i => {
       const row = this.rows[i], dials = this.dials(i), item = {row, image: h("canvas"), error: h("canvas"), pictures: [new Picture(), new Picture()],
-        name: h("b", {}, this.blind ? `method ${order.indexOf(i) + 1}` : this.about.models[i].name), text: h("div", {className: "facts"}), values: {}};
+        name: h("b", {}, this.blind ? `method ${order.indexOf(i) + 1}` : this.about.models[i].name), text: h("div", {className: "facts"}), values: {},
+        stop: h("button", {type: "button", hidden: true, onclick: () => this.stop(row.slot)}, "stop")};
       const controls = numeric(dials).map(n => {
         item.values[n] = h("span", {className: "soft"});
         return h("label", {className: "dial"}, h("span", {}, this.blind ? "dial " : `${n} `, item.values[n]), h("input", {type: "range", min: 0, max: 1, step: "any", value: position(dials[n], row.want.dials[n]),
@@ -1418,7 +1455,7 @@ export class Viewer {
         h("button", {type: "button", onclick: () => { this.b.want = structuredClone(row.want); this.refresh(this.b, 0); this.show("tune"); }}, "open as B"),
         this.about.reference && numeric(dials).length ? h("button", {type: "button", title: "the setting with the best PSNR on this scan", onclick: () => { row.tuning = true; this.rangeOf(row.want)?.scores ? this.atItsBest(row) : this.send("range", row.want); }}, "★ best") : null);
       item.root = h("div", {className: "method"}, h("figure", {}, h("figcaption", {}, item.name), item.image),
-        h("figure", {}, h("figcaption", {className: "soft"}, this.about.reference ? "error × 5" : "difference from A × 5"), item.error), h("div", {}, item.text, controls, go));
+        h("figure", {}, h("figcaption", {className: "soft"}, this.about.reference ? "error × 5" : "difference from A × 5"), item.error), h("div", {}, item.text, item.stop, controls, go));
       if (!row.frame || !this.matches(row)) this.refresh(row, 0);
       return item;
     });
@@ -1435,20 +1472,23 @@ export class Viewer {
 
   drawMethods() {
     const [lo, hi, lut] = this.tones(), other = this.about.reference ? this.truth : this.a.frame;
-    for (const {row, image, error, pictures, text, values} of this.methodRows || []) {
+    for (const {row, image, error, pictures, text, values, stop} of this.methodRows || []) {
       for (const [n, e] of Object.entries(values)) e.textContent = this.blind ? "" : shown(row.want.dials[n]);
       const frame = row.frame, one = this.fit(image), two = this.fit(error);
       for (const c of [one, two]) { c.fillStyle = "#000"; c.fillRect(0, 0, c.canvas.width, c.canvas.height); }
-      if (row.error) text.textContent = row.error;
+      const busy = row.number && this.open && performance.now() - row.since > 400;
+      stop.hidden = !busy;
+      if (busy) { this.dirty.add("tab"); setTimeout(() => this.later(), 200); }
+      text.textContent = row.error || (busy ? "in work or waiting its turn …" : "");
       if (!frame) continue;
-      const x = this.plane(frame);
+      const x = this.plane(frame), current = this.matches(row);
       this.drawImage(one, pictures[0].paint(x, frame.width, frame.height, lo, hi, lut, ""));
       if (other) {
-        const y = this.plane(other), d = x.map((v, i) => v - y[i]), top = (hi - lo) / 5;
+        const d = minus(x, this.plane(other), this.part), top = (hi - lo) / 5;
         this.drawImage(two, pictures[1].paint(d, frame.width, frame.height, -top, top, SIGNED, ""));
       }
       const metrics = Object.entries(frame.metrics).map(([n, v]) => `${this.about.metrics[n].label} ${this.digits(n, v)}`);
-      text.textContent = [frame.kind, ...metrics, frame.residual != null ? `residual ${(100 * frame.residual).toFixed(2)} %` : null,
+      text.textContent = [row.error, current ? frame.kind : `${frame.kind}, earlier setting${this.blind ? "" : ` ${words(frame.dials)}`}`, ...metrics, frame.residual != null ? `residual ${(100 * frame.residual).toFixed(2)} %` : null,
         frame.seconds !== undefined ? `${frame.seconds.toFixed(2)} s` : null].filter(Boolean).join(" · ");
     }
   }
@@ -1472,8 +1512,10 @@ export class Viewer {
     }
     const ratio = s.noise ? s.residual / s.noise : null;
     section.replaceChildren(h("div", {className: "row"}, figures), h("p", {},
-      `A: ${this.about.models[s.model].name} ${words(s.dials)}. Data residual ${(100 * s.residual).toFixed(2)} %`,
-      ratio ? `, ${ratio.toFixed(2)} times what noise alone would leave: ${ratio < .8 ? "the image fits noise" : ratio > 1.25 ? "the image misses some of the data" : "as it should be"}.` : "; the noise of this scan is unknown."));
+      `A: ${this.about.models[s.model].name} ${words(s.dials)}${this.about.slices > 1 ? `, slice ${s.slice}` : ""}. `,
+      s.residual === null ? "Its data residual is not known" : `Data residual ${(100 * s.residual).toFixed(2)} %`,
+      s.arrays.misfit ? "" : " (over the samples along the trajectory: off the grid, there is no picture of it)",
+      s.residual === null ? "." : ratio ? `, ${ratio.toFixed(2)} times what noise alone would leave: ${ratio < .8 ? "the image fits noise" : ratio > 1.25 ? "the image misses some of the data" : "as it should be"}.` : "; the noise of this scan is unknown."));
   }
 
   // Means over rings around zero frequency: signal, residual, noise.
@@ -1531,6 +1573,7 @@ export class Viewer {
   // The three panes as they are, with what they are written beneath; how to make A again is a text in the file.
   async savePng() {
     const shown = Object.values(this.panes).filter(p => p.canvas.width > 1 && p.canvas.offsetParent);
+    if (!this.window) return this.say("there is no image yet");
     const strip = 64, width = shown.reduce((sum, p) => sum + p.canvas.width + 8, -8), height = Math.max(...shown.map(p => p.canvas.height)) + strip;
     const canvas = h("canvas", {width, height}), c = canvas.getContext("2d");
     c.fillStyle = "#000";
@@ -1544,17 +1587,17 @@ export class Viewer {
       c.clip();
       c.fillStyle = "#e9e9ea";
       c.font = "14px system-ui, sans-serif";
-      const {lo, hi} = this.window, title = p === this.panes.c ? THIRD[this.third] : `${p.title.textContent}  ${p.what.textContent}  (${p.chip.textContent})`;
+      const title = p === this.panes.c ? THIRD[this.third] : `${p.title.textContent}  ${p.what.textContent}  (${p.chip.textContent})`;
       c.fillText(title, left + 6, p.canvas.height + 20);
       c.fillStyle = "#9aa0a8";
       c.font = "12px system-ui, sans-serif";
-      c.fillText(`W ${(hi - lo).toPrecision(3)} L ${((hi + lo) / 2).toPrecision(3)}, ${this.part}  ${p.facts.textContent}`, left + 6, p.canvas.height + 38);
+      c.fillText(`${p.scale || ""}, ${this.part}  ${p.facts.textContent}`, left + 6, p.canvas.height + 38);
       c.fillText(`${this.about.title}${this.about.slices > 1 ? `, slice ${this.slice}` : ""} · tunemri ${this.about.version} · not for diagnosis`, left + 6, p.canvas.height + 54);
       c.restore();
       left += p.canvas.width + 8;
     }
     const blob = await new Promise(done => canvas.toBlob(done, "image/png"));
-    save("tunemri.png", withText(new Uint8Array(await blob.arrayBuffer()), "Command", this.command()), "image/png");
+    save("tunemri.png", withText(new Uint8Array(await blob.arrayBuffer()), "Command", this.command(this.a.frame || this.a.want)), "image/png");
   }
 
   exported(answer) { save("range.html", [answer.arrays.html], "text/html"); this.say("saved range.html"); }
