@@ -552,3 +552,14 @@ def test_output_into_a_closed_pipe_is_quiet(tmp_path):
         timeout=60,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_bart_pair_is_never_overwritten_under_its_other_name(run, scan, tmp_path):
+    assert run("convert", scan, "-o", "w_ksp.cfl").code == 0
+    before = everything(tmp_path)
+    for name in ("w_ksp.hdr", "w_ksp.cfl"):
+        refused(run("recon", name, "-m", "sense", "-o", "w_ksp.cfl", "--overwrite"), "bad_option", "same file")
+    refused(run("convert", "w_ksp", "-o", "w_ksp.cfl", "--overwrite"), "bad_option", "same file")
+    assert everything(tmp_path) == before
+    assert run("convert", "w_ksp", "-o", "u.h5").code == 0
+    assert (tmp_path / "u.h5.json").is_file()

@@ -22,7 +22,12 @@ from tunemri.scan import Scan, normalise, select
 SMALL = {
     "hyperrecon": {"main": {"name": "unrolled", "stages": 2, "width": 4}, "widths": [6, 4]},
     "single-weight": {"main": {"name": "unet", "width": 4}},
-    "meta-learned": {"phases": 2, "tasks": [0.1, 0.5], "features": {"channels": 2}, "proposal": {"width": 4, "levels": 2}},
+    "meta-learned": {
+        "phases": 2,
+        "tasks": [0.1, 0.5],
+        "features": {"channels": 2},
+        "proposal": {"width": 4, "levels": 2},
+    },
 }
 
 

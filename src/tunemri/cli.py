@@ -169,6 +169,7 @@ def convert(
 
     _check_output(output, source, overwrite)
     formats.check_writable(output, overwrite=overwrite)
+    source = formats.resolve(source)
     cut = _slices(slices)
     what = formats.read_either(source, slices=cut)
     scan = None if isinstance(what, formats.Image) else what
@@ -431,7 +432,7 @@ def choose(
     if output is not None:
         if output.suffix != ".json":
             raise errors.BadOption(f"found suffix {output.suffix!r}, expected .json", file=output, key="output")
-        if files.same_file(output, scan):
+        if any(files.same_file(output, path) for path in _files_of(scan)):
             raise errors.BadOption("output and input are the same file", file=output, help="name another output")
         files.check_target(output, overwrite=overwrite)
     torch.manual_seed(seed)
@@ -980,9 +981,15 @@ def _device(name: str) -> None:
         raise errors.BadOption("no CUDA device here", key="device", help="--device cpu", exit_code=3)
 
 
+def _files_of(source: Path) -> list[Path]:
+    """The files behind a name: BART's pairs go by either half, or by neither suffix."""
+    pair = [source.with_suffix(suffix) for suffix in (".cfl", ".hdr")] if source.suffix in (".cfl", ".hdr") else []
+    return [source, *pair, *(source.parent / (source.name + suffix) for suffix in (".cfl", ".hdr"))]
+
+
 def _check_output(output: Path, source: Path, overwrite: bool) -> None:
     """Refuse an output that could not be written, before any work."""
-    if files.same_file(output, source):
+    if any(files.same_file(output, path) for path in _files_of(source)):
         raise errors.BadOption("output and input are the same file", file=output, help="name another output")
     for path in (output, console.sidecar_path(output)):
         files.check_target(path, overwrite=overwrite)

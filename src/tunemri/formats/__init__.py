@@ -39,6 +39,7 @@ __all__ = [
     "read_noise",
     "read_reference",
     "write",
+    "resolve",
 ]
 
 READERS: dict[str, Format] = {
@@ -206,7 +207,7 @@ def read_noise(path: files.StrPath) -> Tensor | None:
 def _guard(path: files.StrPath) -> Iterator[tuple[Path, Format]]:
     """The reader of a file; what it raises is turned into an error that names the file."""
     try:
-        p = files.check(_with_cfl_suffix(Path(path)))
+        p = files.check(resolve(Path(path)))
         with files.check_unchanged(p), _libraries_silenced():
             yield p, _reader(p)
     except errors.TunemriError as e:
@@ -243,8 +244,8 @@ def _libraries_silenced() -> Iterator[None]:
                 logger.disabled = disabled
 
 
-def _with_cfl_suffix(path: Path) -> Path:
-    """BART names a pair of files without suffix, or by either half."""
+def resolve(path: Path) -> Path:
+    """The file that a name stands for: BART names a pair of files without suffix, or by either half."""
     if path.suffix == ".hdr" or (path.suffix != ".cfl" and not path.exists()):
         candidate = path.with_suffix(".cfl") if path.suffix == ".hdr" else path.parent / (path.name + ".cfl")
         return candidate if path.name and candidate.is_file() else path

@@ -455,6 +455,11 @@ def _in_cycles(
             )  # fmt: skip
         # The border of the last sample, unless it lies on the border of the grid already.
         n = 2 * math.ceil(extent - 1e-2)
+        if n < 32 and t.shape[-2] >= 256:
+            raise errors.UnsupportedLayout(
+                f"reaches {extent:.3g}, for {t.shape[-2]} samples: hardly cycles per field of view", file=file,
+                key="trajectory", help="in [-1, 1]? multiply it by N / 2, for an image of N×N",
+            )  # fmt: skip
         shape = (max(n, 1), max(n, 1))
         errors.warn(f"{file}: no size of the image given: {n}×{n}, which the trajectory just fills")
     if per_pixel is not None:

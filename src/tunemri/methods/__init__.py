@@ -19,7 +19,19 @@ from .classical import Sense, TotalVariation, Wavelet, ZeroFilled
 from .hyperrecon import HyperRecon, SingleWeight
 from .metalearned import MetaLearned
 
-__all__ = ["METHODS", "Dial", "Reconstructor", "bundled", "card", "load", "make", "needs_weights", "prepare", "reconstruct", "save"]
+__all__ = [
+    "METHODS",
+    "Dial",
+    "Reconstructor",
+    "bundled",
+    "card",
+    "load",
+    "make",
+    "needs_weights",
+    "prepare",
+    "reconstruct",
+    "save",
+]
 
 METHODS: dict[str, type[Reconstructor]] = {
     "zero-filled": ZeroFilled,
