@@ -563,3 +563,25 @@ def test_a_bart_pair_is_never_overwritten_under_its_other_name(run, scan, tmp_pa
     assert everything(tmp_path) == before
     assert run("convert", "w_ksp", "-o", "u.h5").code == 0
     assert (tmp_path / "u.h5.json").is_file()
+
+
+def test_what_is_said_explicitly_wins_over_the_sidecar(run, image, tmp_path):
+    simulated = ("simulate", image, "-o", "many.h5", "--mask", "poisson", "--acceleration", 2, "--coils", 3)
+    assert run(*simulated).code == 0
+    assert run("recon", "many.h5", "-m", "sense", "--csm", "walsh", "--seed", 3, "-o", "a.npy").code == 0
+    assert run("recon", "--from", "a.npy.json", "-o", "b.npy").code == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    assert run("recon", "--from", "a.npy.json", "--csm", "espirit", "--seed", 0, "-o", "c.npy").code == 0
+    said = {name: json.loads((tmp_path / f"{name}.npy.json").read_text()) for name in "bc"}
+    assert [(s["csm"], s["seed"]) for s in said.values()] == [("walsh", 3), ("espirit", 0)]
+
+
+def test_a_batch_that_is_refused_whole_says_so_and_leaves_nothing(run, tmp_path):
+    for name in ("a.h5", "b.h5"):
+        (tmp_path / name).write_bytes(b"no scan at all")
+    before = everything(tmp_path)
+    result = run("recon", "a.h5", "b.h5", "-m", "sense", "-o", "out", "--json")
+    assert result.code == 2
+    assert len(result.json["refused"]) == 2
+    assert everything(tmp_path) == before
+    assert not (tmp_path / "out").exists()

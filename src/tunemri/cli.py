@@ -52,9 +52,14 @@ Slices = Annotated[str | None, Option("--slice", metavar="K or START:STOP", help
 Csm = Annotated[
     str, Option("--csm", help="coil maps, where the scan has none: espirit, low-resolution, walsh, or a file")
 ]
+EarlierCsm = Annotated[
+    str | None,
+    Option("--csm", help="coil maps, where the scan has none: espirit (default), low-resolution, walsh, or a file"),
+]
 ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]
 Extrapolate = Annotated[bool, Option("--extrapolate", help="allow dials outside their range")]
 Seed = Annotated[int, Option("--seed", min=0, max=2**62, help="of everything random")]
+EarlierSeed = Annotated[int | None, Option("--seed", min=0, max=2**62, help="of everything random (default 0)")]
 
 
 # ---------------------------------------------------------------- start
@@ -256,10 +261,10 @@ def recon(
         Path | None,
         Option("--from", metavar="SIDECAR", help="repeat the settings of an earlier OUT.json, or a pick: PICKS.json#2"),
     ] = None,
-    csm: Csm = "espirit",
+    csm: EarlierCsm = None,
     reference: ReferenceFile = None,
     slices: Slices = None,
-    seed: Seed = 0,
+    seed: EarlierSeed = None,
     extrapolate: Extrapolate = False,
     device: Annotated[str, Option("--device", help="cpu or cuda")] = "cpu",
     overwrite: Overwrite = False,
@@ -282,13 +287,11 @@ def recon(
         )
     if source and model != earlier["model"]:
         earlier["dials"] = {}  # they belong to another model
-    if source:
-        seed, extrapolate = earlier.get("seed", seed), extrapolate or bool(earlier.get("extrapolate"))
+    extrapolate = extrapolate or bool(earlier.get("extrapolate"))
+    seed = int(earlier.get("seed", 0)) if seed is None else seed
     torch.manual_seed(seed)
-    if source and slices is None:
-        slices = earlier.get("slice")
-    if source and csm == "espirit":
-        csm = earlier.get("csm", csm)
+    slices = earlier.get("slice") if slices is None else slices
+    csm = str(earlier.get("csm", "espirit")) if csm is None else csm
     chosen = _contestant(model, earlier.get("dials", {}), settings or [], extrapolate)
     chosen.model.to(device)
     many = len(scans) > 1 or output.is_dir()
@@ -326,6 +329,7 @@ def recon(
         # Nothing came of it: leave nothing behind.
         if made:
             output.rmdir()
+        _result({"ok": False, "done": [], "refused": refused}, as_json, f"{output}  0 of {len(jobs)} scans done")
         raise typer.Exit(2)
     if many:
         summary = {"ok": not refused, "done": done, "refused": refused}
