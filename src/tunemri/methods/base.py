@@ -295,8 +295,7 @@ def reconstruct(
             help="try another setting of its dials",
         )
     misfit = max((float(r.max()) for r in (p.residual for p in pieces) if r is not None), default=0.0)
-    # Worse than no image at all; of maps from elsewhere, half is suspicious already.
-    if misfit > (0.5 if scan.csm is not None and scan.coils > 1 else 1):
+    if misfit > 1:  # worse than no image at all
         errors.warn(f"the image misses the measured data by {misfit:.0%}: do not trust it; wrong coil maps or weights?")
     unfinished = [piece.status for piece in pieces if piece.status != "converged"]
     up = factor.to(image.real.dtype)[:, None, None]
