@@ -3,6 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs
 # The first of these that runs and is new enough; python3.11 first, constraints.txt was frozen with it.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -18,7 +19,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test check format bench clean
+.PHONY: help install browser demo test check format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +29,7 @@ install: $(STAMP) ## create .venv with tunemri and everything needed to work on 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "tunemri needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 install" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,viewer]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,dev,viewer]'
 	@touch $@
 
 # The viewer's tests drive Debian's chromium. It is installed where it is missing and can be had; else they are skipped.
@@ -60,5 +61,13 @@ bench: $(STAMP) ## classical solvers against BART, one thread each
 	$(ONE) $(BIN)/python benchmarks/classical.py
 	$(ONE) $(BIN)/python benchmarks/bake.py
 
+docs: $(DOCS) ## the site, built strictly, its examples run: build/site/index.html
+	$(ONE) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+	@echo "open $(abspath build/site)/index.html"
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean: ## remove what make made
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

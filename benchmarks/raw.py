@@ -1,6 +1,6 @@
 """Classical methods against `bart pics` on raw scans, side by side in one run, one thread each.
 
-    python benchmarks/raw.py [FOLDER] [-o FILE.csv] [-p FOLDER] [--only WORD]
+    python benchmarks/raw.py [FOLDER] [-o FILE.csv] [-p FOLDER] [--only WORD] [-m METHOD …]
 
 FOLDER defaults to bench/raw of TUNEMRI_DATA (or of shared/data beside the checkout). Both get the same samples in the
 same units, the same ESPIRiT maps, the same number of iterations, and the best weight of one grid. BART gets the files
@@ -198,12 +198,13 @@ def best(case: Case, solve: Callable[[float], Tensor]) -> tuple[float, float]:
         at = lowest
 
 
-def compare(case: Case, pictures: Path | None) -> list[dict[str, object]]:
+def compare(case: Case, pictures: Path | None, names: list[str]) -> list[dict[str, object]]:
     """One row per method."""
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         bart = Bart(case.scan, Path(folder))
-        for name, (kind, n, options) in METHODS.items():
+        for name in names:
+            kind, n, options = METHODS[name]
 
             def ours(lam: float, kind=kind, n=n) -> Tensor:  # type: ignore[no-untyped-def]
                 return kind(iterations=n, tolerance=0.0)(case.scan.kspace, encoding(case.scan), lam=lam).image
@@ -251,6 +252,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the rows as CSV")
     parser.add_argument("-p", "--pictures", type=Path, help="folder for a picture of each scan, ours beside BART's")
     parser.add_argument("--only", default="", metavar="WORD", help="files with this in their name")
+    parser.add_argument("-m", "--method", action="append", choices=METHODS, help="repeatable; default: all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if shutil.which("bart") is None:
@@ -260,7 +262,7 @@ def main() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", errors.TunemriWarning)
         for case in cases(arguments.folder, arguments.only):
-            rows += compare(case, arguments.pictures)
+            rows += compare(case, arguments.pictures, arguments.method or list(METHODS))
     met = sum(bool(row["met"]) for row in rows)
     print(f"{met} of {len(rows)} met: neither error nor time is worse than BART's")
     if arguments.output and rows:

@@ -53,11 +53,15 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1366, "height": 768})
         page.goto(link)
-        until(page, "v && v.a?.frame && [...v.ranges.values()].some(r => r.final && r.scores)")
+        until(page, "v && v.a?.frame?.kind === 'exact'")
+        page.evaluate(f"{VIEWER}.askRange({VIEWER}.a.want, 0, true); 0")  # even where an image takes long
+        until(page, "[...v.ranges.values()].some(r => r.final && r.scores?.axes[0].length === r.axes[0].length)")
         page.evaluate(f"{VIEWER}.turn({{lam: 0.0012}}); 0")
         page.keyboard.press("p")
         page.evaluate(f"{VIEWER}.turn({{lam: 0.016}}); 0")
-        page.evaluate(f"Object.assign({VIEWER}.view, {{zoom: 2.1, x: .5, y: .47}}); 0")
+        page.evaluate(
+            f"Object.assign({VIEWER}.view, {{zoom: 2.1, x: .5, y: .47}}); {VIEWER}.setRoi({{x: 110, y: 112, r: 6}}); 0"
+        )
         page.keyboard.press("k")
         page.keyboard.type("ventricles clear, cortex flat")
         page.evaluate(f"{VIEWER}.root.focus(); {VIEWER}.within.value = '3'; {VIEWER}.pick(); {VIEWER}.redraw(); 0")
@@ -68,6 +72,7 @@ def main() -> None:
         page.screenshot(path=folder / "viewer-1920.png")
         page.set_viewport_size({"width": 1366, "height": 768})
         page.keyboard.press("r")
+        page.evaluate(f"{VIEWER}.setRoi(null); 0")
         for tab in ("landscape", "methods", "k-space"):
             page.click(f"[data-tab='{tab}']")
             if tab == "methods":

@@ -3,8 +3,9 @@
     python benchmarks/viewer.py [--peers PYTHON] [--model hyper-brain] [-o viewer.json]
 
 First image after the server answers; a key on the slider to changed pixels (median, 95th percentile), read from the page's
-own canvas at every animation frame; frames a second while the dial is dragged, and how long it settles after; bytes for one
-change of the window; the offline file. `--peers` names a Python that has tunemri, panel and gradio. Needs chromium.
+own canvas at every animation frame; frames a second while the dial is dragged, and how long it settles after; what a frame costs
+the page's main thread, in processor time (hardly depends on who else uses the machine); bytes for one change of the window; the
+offline file at 320². `--peers` names a Python that has tunemri, panel and gradio. Needs chromium.
 """
 
 from __future__ import annotations
@@ -166,6 +167,31 @@ def exact(page: Any, viewer: str) -> dict[str, float]:
     return found
 
 
+def frame_work(page: Any) -> dict[str, float]:
+    """Processor time of our page's main thread for a frame, from a move of the dial to what is handed over to be shown."""
+    devtools, frames = page.context.new_cdp_session(page), 60
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def spent() -> float:
+        return next(
+            m["value"] for m in devtools.send("Performance.getMetrics")["metrics"] if m["name"] == "TaskDuration"
+        )
+
+    before = spent()
+    page.evaluate(
+        """async frames => {
+          const v = document.getElementById('tunemri').viewer, name = Object.keys(v.dials())[0], dial = v.dials()[name];
+          for (let k = 1; k <= frames; k++) {
+            v.turn({[name]: dial.lo + (dial.hi - dial.lo) * k / (frames + 1)}, {settled: false});
+            await new Promise(requestAnimationFrame);
+          }
+          v.gesture = false;
+        }""",
+        frames,
+    )
+    return {"main thread for a frame [ms]": 1000 * (spent() - before) / frames}
+
+
 def dragged(page: Any, selector: str, seconds: float = 3) -> dict[str, float]:
     """Frames that differ while the dial is dragged, and how long pictures keep coming after it is let go."""
     box = page.locator(selector).first.bounding_box()
@@ -191,7 +217,7 @@ def dragged(page: Any, selector: str, seconds: float = 3) -> dict[str, float]:
 
 
 def offline(browser: Any, model: str) -> dict[str, Any]:
-    """The one-file viewer: its size, and frames a second of a drag."""
+    """The one-file viewer of a 320² slice: its size, and frames a second of a drag."""
     import tunemri  # noqa: F401  the apps beside this file need it as well
     from tunemri.evaluation import Contestant
     from tunemri.viewer import Session, export
@@ -199,7 +225,7 @@ def offline(browser: Any, model: str) -> dict[str, Any]:
     sys.path.insert(0, str(APPS.parent))
     from viewer_apps import scene
 
-    scan, target, method = scene(model)
+    scan, target, method = scene(model, (320, 320))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "range.html"
         facts = export(file, Session(scan, [Contestant(name=model, model=method)], reference=target))
@@ -215,7 +241,7 @@ def offline(browser: Any, model: str) -> dict[str, Any]:
             "worst rebuild error [dB]": facts["checked_db"],
             "first image [s]": time.perf_counter() - start,
         }
-        found |= dragged(page, "canvas.pad")
+        found |= dragged(page, "canvas.pad") | frame_work(page)
         context.close()
     return found
 

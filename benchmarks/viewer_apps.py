@@ -42,11 +42,11 @@ class Marked(tunemri.Reconstructor):
         return replace(out, image=image)
 
 
-def scene(name: str) -> tuple[Scan, Tensor, Marked]:
+def scene(name: str, size: tuple[int, int] = SIZE) -> tuple[Scan, Tensor, Marked]:
     """The scan (one coil, four times undersampled), its reference and the method."""
     _, truth = tunemri.sample()
-    x = pad(truth, SIZE)
-    scan, target = tunemri.simulate(x, mask=tunemri.make_mask("poisson", SIZE, 4), coils=1, noise=0.01)
+    x = pad(truth, size)
+    scan, target = tunemri.simulate(x, mask=tunemri.make_mask("poisson", size, 4), coils=1, noise=0.01)
     return replace(scan, csm=prepare(scan).csm), target.abs(), Marked(tunemri.load(name)).eval()
 
 

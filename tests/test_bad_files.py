@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 import malformed
 import tunemri
 from malformed import ACCEPTED, REFUSED, Case, fastmri, kspace, lines
-from tunemri import errors, files, formats
+from tunemri import console, datasets, errors, files, formats, training
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -160,3 +162,83 @@ def test_random_damage(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.stderr == "", "libraries report to nobody"
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- names, links, folders, code
+
+
+def test_a_name_that_is_no_text(here: Path) -> None:
+    """A name of any bytes works; where it is shown, what is no text is escaped."""
+    name = os.fsdecode(b"a\xff\xfe.h5")
+    fastmri(here, "a.h5").rename(name)
+    assert len(formats.read(name)) == malformed.B
+    assert formats.write(name, formats.read(name), overwrite=True) == {"content": "k-space"}
+    (here / name).write_bytes(b"")
+    with pytest.raises(errors.UnreadableFile) as caught:
+        formats.read(name)
+    line = console.error_line(caught.value)
+    assert line.startswith("error[unreadable_file]: a") and "udcff" in line
+    line.encode()
+
+
+def test_links_are_followed_to_read_and_replaced_to_write(here: Path) -> None:
+    truth = fastmri(here, "truth.h5")
+    Path("a.h5").symlink_to("truth.h5")
+    before = truth.read_bytes()
+    scan = formats.read("a.h5")
+    with pytest.raises(errors.BadOption, match="exists"):
+        formats.write("a.h5", scan)
+    Path("dangling.h5").symlink_to("nowhere.h5")
+    formats.write("dangling.h5", scan, overwrite=True)
+    formats.write("a.h5", scan, overwrite=True)
+    assert truth.read_bytes() == before, "what a link points to is not ours to change"
+    assert not Path("a.h5").is_symlink() and not Path("nowhere.h5").exists()
+
+
+def test_one_bad_image_in_a_folder_is_found_before_training(here: Path) -> None:
+    Path("images").mkdir()
+    for name in "abc":
+        np.save(f"images/{name}.npy", malformed.image().real)
+    np.save("images/b.npy", np.full((9, 9), np.nan))
+    recipe = {"method": "hyperrecon", "data": {"folder": "images"}, "training": {"steps": 1}}
+    with pytest.raises(errors.NonFinite, match=r"b\.npy"):
+        training.train(recipe, "run")
+    assert not Path("run").exists()
+
+
+def test_a_damaged_source_of_training_images_is_named(here: Path) -> None:
+    name, (filename, _) = next(iter(datasets.SOURCES.items()))
+    for content in (b"PK\3\4 not an archive", b"\x93NUMPY noise", b"noise"):
+        Path(filename).write_bytes(content)
+        with pytest.raises(errors.UnreadableFile, match=filename):
+            datasets.load_images(here, [name])
+
+
+def test_nothing_in_the_package_runs_what_it_reads() -> None:
+    """No pickle, no eval, no shell, no unpinned torch.load or numpy.load: read from the source itself."""
+    for path in Path(tunemri.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.split(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "joblib", "yaml", "cloudpickle"}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "os.system", "os.popen", "compile"), (path, called)
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("shell", "False") == "False", path
+                assert called != "np.load" or given.get("allow_pickle") == "False", path
+
+
+def test_every_proof_that_the_page_names_exists() -> None:
+    """docs/reliability.md is a list of tests and of cases in `malformed.py`: a proof that is renamed is renamed there too."""
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs/reliability.md").read_text()
+    defined = re.findall(r"def (test_\w+)\(", "".join(path.read_text() for path in sorted(tests.glob("test_*.py"))))
+    for name in re.findall(r"`(test_\w+)(?:…)?`", page):
+        assert any(known.startswith(name) if name.endswith("_") else known == name for known in defined), name
+    cases = {case.name for case in REFUSED + ACCEPTED}
+    rows = [line.split("|")[3] for line in page.splitlines() if re.match(r"\| [FAT]\d", line)]
+    for name in [
+        name.strip() for row in rows for names in re.findall(r"\*([^*]+)\*", row) for name in names.split(",")
+    ]:
+        assert "…" in name or name in cases, name

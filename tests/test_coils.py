@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import scipy.sparse
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -18,14 +20,18 @@ from tunemri.coils import (
     compress_scan,
     espirit_maps,
     estimate_covariance,
+    joint_gradients,
     noise_covariance,
     poorly_calibrated,
     prewhiten,
+    roughness,
+    smooth,
+    unit_maps,
     walsh_maps,
     whiten_scan,
 )
 from tunemri.errors import BadOption, InconsistentShapes, MissingKey, NoData, TunemriWarning
-from tunemri.fourier import ifft2
+from tunemri.fourier import fft2, ifft2
 from tunemri.masks import MASKS, make_mask
 from tunemri.methods import prepare
 from tunemri.operators import encoding
@@ -314,3 +320,63 @@ def test_a_compressed_scan_keeps_its_model() -> None:
     assert relative(encoding(again)(x), again.kspace) < 1e-5
     assert compress_scan(s, 8) is s
     assert torch.isfinite(torch.view_as_real(compress_scan(replace(s, kspace=s.kspace * 0), 2).kspace)).all()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_smoothing_solves_the_linear_system(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """(I + weight L) σ = maps, L the five-point Laplacian of a grid with zeros around it, solved by a sparse LU."""
+    h, w = shape
+
+    def second(n: int) -> scipy.sparse.spmatrix:
+        return scipy.sparse.diags([2.0, -1.0, -1.0], [0, 1, -1], shape=(n, n))
+
+    laplace = scipy.sparse.kron(second(h), scipy.sparse.eye(w)) + scipy.sparse.kron(scipy.sparse.eye(h), second(w))
+    maps, weight = random((2, 3, h, w), dtype), torch.tensor([0.3, 70.0], dtype=torch.float64)[:, None, None, None]
+    sigma = smooth(maps, weight)
+    for b in range(2):
+        system = (scipy.sparse.eye(h * w) + float(weight[b]) * laplace).tocsc()
+        exact = scipy.sparse.linalg.spsolve(system.astype(complex), maps[b].reshape(3, -1).numpy().T.astype(complex)).T
+        assert relative(sigma[b].to(torch.complex128), torch.from_numpy(exact).reshape(3, h, w)) < 1e-12
+    flat = torch.view_as_real(maps.to(torch.complex128)).movedim(-1, 1).reshape(2, -1, h * w).numpy()
+    energy = [0.5 * sum(v @ (laplace @ v) for v in planes) for planes in flat]
+    torch.testing.assert_close(roughness(maps), torch.tensor(energy, dtype=torch.float64))
+
+
+def test_smoothing_by_nothing_changes_nothing_and_single_precision_is_enough() -> None:
+    maps = random((1, 4, 61, 50))
+    assert relative(smooth(maps, 0.0), maps) < 2e-6
+    assert relative(smooth(maps, 10.0), smooth(maps.to(torch.complex128), 10.0).to(torch.complex64)) < 2e-6
+    assert roughness(smooth(maps, 10.0)) < 0.01 * roughness(maps)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
+def test_joint_gradients_against_autograd(kind: torch.dtype) -> None:
+    """½‖M F(x ĉ) - y‖² with a pixel whose maps vanish and one whose maps are below the guard."""
+    x, c, y = random((2, 9, 8), kind), random((2, 3, 9, 8), torch.complex128, 1), random((2, 3, 9, 8), seed=2)
+    mask = (random((2, 1, 9, 8), torch.float64, 3) > 0).double()
+    c[0, :, 2, 3], c[1, :, 4, 5] = 0, 1e-8
+    x.requires_grad_()
+    c.requires_grad_()
+
+    def residual() -> Tensor:
+        return mask * (fft2(x[:, None] * unit_maps(c)) - y)
+
+    f = residual().abs().square().sum() / 2
+    f.backward()
+    assert x.grad is not None and c.grad is not None
+    slope_x, slope_c = joint_gradients(x.detach(), c.detach(), ifft2(residual().detach()))
+    assert slope_x.dtype == kind
+    assert relative(slope_x, x.grad) < 1e-10
+    plain = torch.ones(2, 9, 8, dtype=torch.bool)
+    plain[0, 2, 3] = plain[1, 4, 5] = False  # there 1e6 times the rest
+    for where in (plain, ~plain):
+        assert relative(slope_c.movedim(1, -1)[where], c.grad.movedim(1, -1)[where]) < 1e-10
+
+
+def test_unit_maps_are_of_unit_length_and_zero_where_there_are_none() -> None:
+    c = random((1, 5, 6, 7))
+    c[0, :, 1, 1] = 0
+    size = unit_maps(1e3 * c).abs().square().sum(1)
+    assert float(size[0, 1, 1]) == 0
+    assert float((size - 1).abs().flatten().sort().values[-2]) < 1e-5

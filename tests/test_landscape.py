@@ -25,6 +25,7 @@ from tunemri.landscape import (
     Landscape,
     area_above,
     dice_along,
+    energy_surface,
     histogram,
     interpolate,
     landscape,
@@ -517,3 +518,38 @@ def test_evaluate_draws_the_landscapes_and_goes_on_after_a_stop(run, image, tiny
     assert run(*common, "--landscape", 3, "--thresholds", "-9,0,9", "--state", "kept", "-o", "ev2").code == 0
     assert next(Path("ev2").glob("landscape-*.csv")).read_text() == table.read_text()
     assert run(*common, "--thresholds", "1", "-o", "ev3").code == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_an_energy_on_the_plane_of_a_path(dtype: torch.dtype) -> None:
+    """A path in a plane finds that plane, and ½‖x‖² on it is what the coordinates say."""
+    plane = torch.linalg.qr(random((2, 20), torch.float64).T)[0].T.reshape(2, 5, 4)
+    turn = torch.linspace(0, 4, 30, dtype=torch.float64)
+    where = torch.stack((3 * turn.cos(), turn.sin()), 1)
+    states = (where @ plane.flatten(1)).reshape(-1, 5, 4).to(dtype) * (1j if dtype.is_complex else 1)
+    asked = []
+
+    def energy(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        assert x.dtype == dtype
+        return x.abs().square().sum((1, 2)) / 2
+
+    found = energy_surface(energy, states, points=9, batch=16)
+    assert sum(asked) == 81
+    assert max(asked) == 16
+    torch.testing.assert_close(found.share.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert found.share[0] > found.share[1] > 0
+    inner = (found.directions.conj().flatten(1) @ found.directions.flatten(1).T).real
+    torch.testing.assert_close(inner, torch.eye(2), rtol=0, atol=1e-6)
+    rebuilt = found.origin + torch.einsum("nk,khw->nhw", found.path.to(dtype), found.directions)
+    assert float((rebuilt - states).abs().max()) < 1e-5
+    for i, j in ((0, 0), (2, 7), (8, 8)):
+        x = found.origin + found.a[i].to(dtype) * found.directions[0] + found.b[j].to(dtype) * found.directions[1]
+        assert float(found.energy[i, j]) == pytest.approx(float(x.abs().square().sum() / 2), rel=1e-5)
+    plot = plots.surface(found, title="½‖x‖²")
+    assert len(plot.data) == 81
+    assert pixels(plot.png()).std() > 0
+    with pytest.raises(errors.NoData):
+        energy_surface(energy, states[:2])
+    with pytest.raises(errors.NoData):
+        energy_surface(energy, turn[:, None, None].to(dtype) * states[0])

@@ -11,7 +11,7 @@ import tunemri
 
 PACKAGE = Path(tunemri.__file__).parent
 LAYERS: list[set[str]] = [
-    {"errors", "files", "fourier", "transforms", "masks", "trajectories", "metrics", "solvers"},
+    {"errors", "cluster", "files", "fourier", "transforms", "masks", "trajectories", "metrics", "solvers"},
     {"nufft"},
     {"regularisers", "losses", "scan", "networks"},
     {"operators", "formats"},

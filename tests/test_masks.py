@@ -235,3 +235,16 @@ def test_bad_arguments_are_named(arguments: dict, key: str, words: str) -> None:
     with pytest.raises(BadOption) as refusal:
         make_mask(**{"name": "cartesian-random", "shape": (64, 48), "acceleration": 4} | arguments)
     assert refusal.value.key == key and words in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_masks_of_other_tasks(shape: tuple[int, int]) -> None:
+    assert bool(make_mask("full", shape, 4).all())
+    block = make_mask("centre", shape, 4)
+    rows, columns = (block.amax(axis).bool() for axis in (1, 0))
+    assert torch.equal(block, torch.outer(rows.float(), columns.float()))
+    # Zero frequency in the middle of the block, to one line.
+    for n, line in zip(shape, (rows, columns), strict=True):
+        first, last = line.nonzero().flatten()[[0, -1]].tolist()
+        assert last - first + 1 == line.sum() == round(n / 2)
+        assert 0 <= (n // 2 - first) - (last - n // 2) <= 1

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from laws import SHAPES, lines, random, relative, scan
-from tunemri import errors, methods
+from test_cli import run  # noqa: F401  the fixture
+from tunemri import errors, formats, methods, tuning
 from tunemri.datasets import Example, Sampler
 from tunemri.methods import reconstruct
 from tunemri.methods.metalearned import PRESETS, MetaLearned, Objective, noise_level, sampling_ratio
 from tunemri.networks.features import ACTIVATIONS, Features
 from tunemri.operators import Cartesian, LinearOperator, encoding
-from tunemri.scan import normalise
-from tunemri.simulate import coil_maps
+from tunemri.scan import Reconstruction, Scan, normalise
+from tunemri.simulate import coil_maps, phantom, simulate
 from tunemri.training import Plan, fit
+from tunemri.trajectories import TRAJECTORIES
 
 SMALL = {"phases": 3, "tasks": [0.1, 0.3, 0.5], "features": {"channels": 2}, "proposal": {"width": 4, "levels": 2}}
 every_preset = pytest.mark.parametrize("name", ["paper", "small"])
@@ -195,7 +200,7 @@ def test_an_adverse_proposal_changes_nothing_about_the_guarantee():
     propose_noise(model)
     with torch.no_grad():
         first, trace = model.descend(y, A, torch.full((2,), 0.5).double())
-        assert all(bool((step.branch == 2).all()) for step in trace), "noise was taken"
+        assert [set(step.branch.tolist()) for step in trace] == [{4}, {4}, {2}], "noise was taken"
         psi = torch.stack([first, *(step.psi for step in trace)])
         assert bool((psi.diff(dim=0) <= 0).all())
         model.guarded = False
@@ -221,7 +226,30 @@ def test_half_of_a_refused_proposal_may_pass():
                 taken, way = trace[0].after.x - trace[0].before.x, trace[0].proposed.x - trace[0].before.x
                 share = float(taken.abs().sum() / way.abs().sum())
                 assert min(abs(share - 0.5), abs(share - 0.25)) < 1e-9
-    assert branches == {1, 2, 3}
+    assert branches == {1, 3, 4}
+
+
+def test_a_step_up_is_not_the_end_of_the_way():
+    """A proposal above x is refused, yet the next one goes on from it, and is taken where it leads below x."""
+    model = build(
+        "small", 0, epsilon=0.1, mu=1.0, rule={"damping": 0}
+    )  # φ is nearly a parabola, its minimum half a gradient away
+    y, A = problem((16, 15), 3)
+    starts, factors = [], iter((5.0, 1.0, 1.0))
+
+    def propose(t, point, objective, alpha, tau):
+        starts.append(point.x)
+        return point.x - next(factors) * point.gradient / 2, point.data
+
+    model._propose = propose
+    with torch.no_grad():
+        first, trace = model.descend(y, A, torch.full((2,), 0.01).double())
+    assert [step.branch.tolist() for step in trace[:2]] == [[4, 4], [1, 1]]
+    assert torch.equal(trace[0].after.x, trace[0].before.x), "x waits"
+    assert torch.equal(starts[1], trace[0].proposed.x)
+    psi = torch.stack([first, *(step.psi for step in trace)])
+    assert bool((psi.diff(dim=0) <= 0).all())
+    assert bool((psi[2] < psi[0]).all())
 
 
 def test_the_published_monotone_quantity_is_not_monotone():
@@ -405,6 +433,17 @@ def test_the_two_levels_do_not_mix():
     assert relative(joint_lower["omega"], joint_upper["omega"]) > 1e-3, "both levels pull alike: nothing was tested"
 
 
+@pytest.mark.parametrize("bilevel", ["alternate", "penalty", "joint"])
+def test_the_conventional_network_has_one_level(bilevel):
+    """Without a task weight, the samples of the upper level are more of the same."""
+    batch = replace(example(0), upper=example(1, batch=1))
+    torch.manual_seed(0)
+    model = MetaLearned(**SMALL | {"tasks": [], "training": {"bilevel": bilevel}, "epsilon": 0.1}).train()
+    total = model.loss(batch, torch.Generator())
+    parts = [model.loss(part, torch.Generator()) for part in (replace(batch, upper=None), batch.upper)]
+    torch.testing.assert_close(total, sum(parts) / 2)
+
+
 def test_the_gradient_of_the_penalty_is_that_of_differences():
     model = trained("penalty", penalty=0.3, log=False, hinge=0.0).double()
     with torch.no_grad():
@@ -451,7 +490,7 @@ def test_stairs_and_the_guard_set_in_when_they_should():
         _, trace = fresh.descend(y, A, torch.ones(2))
         assert all(bool((step.branch == 1).all()) for step in trace)
         _, trace = fresh.eval().descend(y, A, torch.ones(2))
-        assert bool((trace[0].branch == 2).all()), "a trained network is always guarded"
+        assert not bool((trace[0].branch == 1).any()), "a trained network is always guarded"
 
 
 def test_training_makes_proposals_that_are_taken(tmp_path):
@@ -548,3 +587,313 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(tmp_path):
     resumed = fit(fresh(), batches, plan, tmp_path / "parts", resume=True).state_dict()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+# ------------------------------------------------------------------------------------------------ off the grid
+
+
+@pytest.mark.parametrize("coils", [1, 3])
+def test_the_guarantees_hold_off_the_grid(coils):
+    """P1, P2 and the line search's bound for samples on spokes: ‖A‖² of the weighted operator is below 2."""
+    shape = (20, 24)
+    trajectory = TRAJECTORIES["radial"](shape, 11)[None]
+    csm = coil_maps(shape, coils, seed=1)[None] if coils > 1 else None
+    A = encoding(
+        Scan(kspace=torch.ones(1, coils, trajectory.shape[1]) + 0j, trajectory=trajectory, csm=csm, image_shape=shape)
+    )
+    y = A(phantom(shape, seed=2)[None].to(torch.complex64))
+    A, y = A.preconditioned(y)
+    norm = A.norm()
+    assert norm**2 < 2
+    model = build("small", 1, epsilon=0.1, rule={"a": 1e3}).float()
+    with torch.no_grad():
+        first, trace = model.descend(y, A, torch.tensor([0.3]), phases=12)
+    psi = torch.stack([first, *(step.psi for step in trace)])
+    assert bool((psi.diff(dim=0) <= 0).all())
+    for step in trace:
+        length = (step.after.x - step.before.x).abs().square().sum((1, 2))
+        objective = Objective(
+            y=y, A=A, kappa=torch.tensor([0.3]), epsilon=step.epsilon, features=model.features, mu=model.mu
+        )
+        with torch.no_grad():
+            assert bool((objective.value(step.after.x) <= step.before.phi - length / model.rule.a + 1e-6).all())
+        bound = model.constants(shape, 0.3, float(step.epsilon), norm=norm)
+        assert int(step.trials.max()) <= bound["trials"]
+
+
+def test_one_network_reconstructs_off_the_grid_as_on_it():
+    """The same weights, on spokes so many that nothing is missing, give what they give on the full grid."""
+    shape = (24, 24)
+    x = phantom(shape, seed=1)[None].to(torch.complex64)
+    model = build("small", 0).float()
+    trajectory = TRAJECTORIES["radial"](shape, 60)[None]
+    spokes = Scan(kspace=torch.ones(1, 1, trajectory.shape[1]) + 0j, trajectory=trajectory, image_shape=shape)
+    spokes = replace(spokes, kspace=encoding(spokes)(x))
+    grid = replace(scan(shape, every=1), kspace=Cartesian(torch.ones(1, 1, *shape))(x))
+    off, on = (reconstruct(s, model, task=0.5).image for s in (spokes, grid))
+    assert relative(off, on) < 0.1
+    c = reconstruct(spokes, model).stats["certificate"][0]
+    assert c["descent"]
+    # The corners of k-space are missing: π/4 of it is there.
+    A, y = encoding(spokes).preconditioned(spokes.kspace)
+    assert 0.6 < float(sampling_ratio(y, A)) < 1.1
+
+
+# ------------------------------------------------------------------------------------------------ what a file says
+
+
+def test_the_header_holds_the_constants_of_the_guarantee(tmp_path, run):  # noqa: F811
+    model = build("small", 1).float()
+    path = tmp_path / "m.safetensors"
+    methods.save(model, path)
+    said = methods.card(path)["guarantees"]
+    assert [row["ratio"] for row in said["tasks"]] == list(model.tasks)
+    assert said["rule"]["a"] == model.rule.a
+    quiet = torch.full((1, 1, 4, 4), 0.01)
+    for row in said["tasks"]:
+        kappa = float(model.kappa(torch.tensor([row["ratio"]]), quiet).detach())
+        assert row["kappa"] == pytest.approx(kappa, rel=1e-5)
+        expected = model.constants((256, 256), row["kappa"], said["epsilon"])
+        assert {key: row[key] for key in expected} == pytest.approx(expected)
+        assert expected.keys() == {"M", "L_J", "L", "step", "trials", "rate"}
+    assert json.loads(run("info", path, "--json").out)["guarantees"] == said
+    methods.save(
+        methods.make("single-weight", {"weights": [1.0, 0.0], "main": {"name": "unet", "width": 2}}),
+        tmp_path / "s.safetensors",
+    )
+    assert "guarantees" not in methods.card(tmp_path / "s.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ adaptation
+
+
+class Scaled(methods.Reconstructor):
+    """x̂ = x e^{ω - 1.7} + a little of its own at each sample: the best task weight is known."""
+
+    def __init__(self, truth: Tensor, matters: bool = True) -> None:
+        super().__init__()
+        self.omega, self.theta = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(3))
+        self.truth, self.matters = truth, matters
+
+    def task_parameters(self):
+        return [self.omega]
+
+    @torch.no_grad()
+    def move_task(self, shift):
+        self.omega.add_(shift)
+
+    def forward(self, y, A):
+        x = self.truth * ((self.omega - 1.7).exp() if self.matters else 0.5)
+        return Reconstruction(image=(x + 0.01 * A.H(y)).expand(len(y), -1, -1))
+
+
+def brains(count: int, shape=(40, 36), **more) -> list[tuple[Scan, Tensor]]:
+    return [
+        simulate(
+            torch.stack([phantom(shape, seed=1)]),
+            mask=lines(shape)[0, 0],
+            coils=1,
+            noise=0.002,
+            phase=0.0,
+            seed=k,
+            **more,
+        )
+        for k in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("known", [True, False])
+def test_adaptation_finds_the_weight_and_says_over_what(count, known):
+    scans, truths = zip(*brains(count), strict=True)
+    x = truths[0][0] / (normalise(scans[0]).scale).float()
+    model = Scaled(x).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = tuning.adapt(model, scans, truths if known else None, refine=10)
+    best = 1.7 + math.log(0.99)  # the rest comes from Aᴴy
+    assert found.shift == pytest.approx(best, abs=0.06)
+    assert found.model.omega.item() == pytest.approx(found.shift)
+    assert torch.equal(found.model.theta, model.theta), "only the task weight may change"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the model given was changed"
+    assert found.by == ("reference" if known else "heldout-kspace")
+    assert found.over == ("slices" if count > 1 else "blocks" if known else "folds")
+    assert found.units == 5
+    assert found.pays
+    assert 0 < found.low <= found.gain <= found.high
+    assert len(found.rows) < 20
+
+
+def test_a_weight_that_is_right_or_means_nothing_is_kept():
+    scans, truths = zip(*brains(5), strict=True)
+    x = truths[0][0] / (normalise(scans[0]).scale).float()
+    right = Scaled(x)
+    right.move_task(1.7 + math.log(0.99))
+    for model in (right, Scaled(x, matters=False)):
+        for references in (truths, None):
+            found = tuning.adapt(model, scans, references)
+            assert not found.pays
+            assert abs(found.gain) < 0.01
+
+
+def test_a_far_optimum_is_reached_and_the_reach_is_kept():
+    scans, truths = zip(*brains(1), strict=True)
+    x = truths[0][0] / (normalise(scans[0]).scale).float()
+    far = Scaled(x)
+    far.move_task(-3.5)
+    assert tuning.adapt(far, scans, truths, refine=10).shift == pytest.approx(5.19, abs=0.1)
+    far.move_task(-6.0)
+    assert tuning.adapt(far, scans, truths).shift == 6.0
+    far.move_task(20.0)
+    assert tuning.adapt(far, scans, truths).shift == -6.0
+
+
+def test_gain_is_judged_where_it_was_not_searched():
+    """No shift is better on average, each unit prefers one of its own: a gain is hardly ever claimed."""
+    shifts = [-6.0, -3.0, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 3.0, 6.0]
+    place = torch.tensor(shifts, dtype=torch.float64)[:, None]
+    claimed = 0
+    for seed in range(200):
+        slopes = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        values = slopes * place + 0.15 * place.square()
+        assert float((values[5] - values[values.mean(1).argmin()]).mean()) >= 0, "a search always finds one"
+        gain, low, high = tuning._left_out(values, shifts)
+        assert low <= gain <= high
+        claimed += low > 0
+    assert claimed <= 5
+    steady = torch.tensor([[0.0] * 6, [-1.0] * 6, [2.0] * 6], dtype=torch.float64) + torch.arange(6)
+    assert tuning._left_out(steady, [0.0, 1.0, 2.0]) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_blocks_hold_every_pixel_once_and_are_all_over_the_image():
+    squares = torch.rand(2, 43, 61, dtype=torch.float64)
+    dealt = tuning._dealt(squares, 5)
+    torch.testing.assert_close(dealt.sum(1), squares.sum((1, 2)))
+    area = tuning._dealt(torch.ones_like(squares), 5)
+    assert float(area.min() / area.max()) > 0.7
+    corner = torch.zeros(1, 43, 61, dtype=torch.float64)
+    corner[:, :15, :20] = 1
+    assert bool((tuning._dealt(corner, 5) > 0).all())
+
+
+def test_what_cannot_be_adapted_is_said():
+    scans, truths = zip(*brains(1), strict=True)
+    with pytest.raises(errors.WrongModel, match="no task weight"):
+        tuning.adapt(methods.load("tv"), scans)
+    with pytest.raises(errors.WrongModel, match="no task weight"):
+        tuning.adapt(MetaLearned(tasks=[], phases=1), scans)
+    with pytest.raises(errors.BadOption, match="no task weight"):
+        MetaLearned(tasks=[], phases=1).move_task(1.0)
+    with pytest.raises(errors.BadOption, match="no task weight"):
+        methods.load("tv").move_task(1.0)
+    model = methods.make("meta-learned", SMALL)
+    with pytest.raises(errors.NoData, match="0 scans"):
+        tuning.adapt(model, [])
+    with pytest.raises(errors.NoData, match="2 references"):
+        tuning.adapt(model, scans, [truths[0]] * 2)
+    with pytest.raises(errors.InconsistentShapes, match="reference"):
+        tuning.adapt(model, scans, [truths[0].expand(2, -1, -1)])
+    trajectory = TRAJECTORIES["radial"]((24, 24), 9)[None]
+    spokes = Scan(kspace=torch.ones(1, 1, trajectory.shape[1]) + 0j, trajectory=trajectory, image_shape=(24, 24))
+    with pytest.raises(errors.UnsupportedLayout, match="on a grid"):
+        tuning.adapt(model, [spokes])
+
+
+@pytest.mark.parametrize("monotone", [True, False])
+def test_a_moved_task_keeps_the_form_of_its_curve(monotone):
+    model = build("small", monotone=monotone)
+    assert model.omega is not None
+    with torch.no_grad():
+        model.omega.copy_(torch.tensor([0.1, -0.2, 0.05]))
+        ratios, y = torch.linspace(0.05, 0.6, 30), torch.ones(30, 1, 4, 4).double()
+        before = model.kappa(ratios, y).logit()
+        model.move_task(-1.3)
+        after = model.kappa(ratios, y).logit()
+    torch.testing.assert_close(after, before - 1.3, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def too_strong(tmp_path) -> Path:
+    """Weights whose regulariser, of random features, does harm: less of it is better, whatever the scan."""
+    torch.manual_seed(0)
+    model = MetaLearned(tasks=[0.2, 0.4], phases=2, features={"channels": 2, "last": 1.0}, epsilon=0.05)
+    with torch.no_grad():
+        model.beta.fill_(0.0)
+        model.move_task(2.0)
+    methods.save(model, tmp_path / "strong.safetensors", {"data": "none"})
+    return tmp_path / "strong.safetensors"
+
+
+def test_adapt_on_the_command_line(run, too_strong, tmp_path):  # noqa: F811
+    """With the truth in the file, in another file, and without it; and once more, when nothing is left to gain."""
+    for k in range(2):
+        volume = torch.stack([phantom((40, 36), seed=10 * k + s) for s in range(3)]) * 500
+        np.save(tmp_path / f"v{k}.npy", volume.numpy())
+        made = run("simulate", f"v{k}.npy", "-o", f"s{k}.h5", "--mask", "poisson", "-R", 3, "--coils", 1)
+        assert made.code == 0, made.err
+    old = too_strong.read_bytes()
+    out = run("adapt", too_strong, "s0.h5", "s1.h5", "-o", "new.safetensors", "--json")
+    assert out.code == 0, out.err
+    facts = out.json
+    assert facts["by"] == "reference"
+    assert facts["over"] == "slices"
+    assert facts["units"] == 6
+    assert 0 < facts["interval_db"][0] <= facts["gain_db"]
+    assert facts["shift"] < 0
+    assert json.loads(Path("new.safetensors.json").read_text())["gain_db"] == facts["gain_db"]
+    header = methods.card("new.safetensors")
+    assert header["recipe"]["data"] == "none"
+    assert header["recipe"]["adapted"][0]["shift"] == facts["shift"]
+    assert str(tmp_path) not in json.dumps(header), "a path in a weights file"
+    before, after = (methods.load(path) for path in (too_strong, "new.safetensors"))
+    for (name, p), q in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        assert torch.equal(p, q) == (name != "omega"), name
+    assert too_strong.read_bytes() == old
+    truth = formats.read_reference("s0.h5")
+    assert truth is not None
+    errors_of = [relative(reconstruct(formats.read("s0.h5"), m).image.abs(), truth.abs()) for m in (before, after)]
+    assert errors_of[1] < errors_of[0]
+
+    weak = methods.load("new.safetensors")
+    weak.move_task(-30.0)  # of nothing, more or less is nothing
+    methods.save(weak, "weak.safetensors", header["recipe"])
+    again = run("adapt", "weak.safetensors", "s0.h5", "s1.h5", "-o", "twice.safetensors")
+    assert again.code == 2
+    assert len(again.errors) == 1
+    assert again.errors[0].startswith("error[no_data]: twice.safetensors: gain: ")
+    assert "interval" in again.errors[0]
+    assert not Path("twice.safetensors").exists()
+    assert not Path("twice.safetensors.json").exists()
+    assert run("adapt", "weak.safetensors", "s0.h5", "-o", "twice.safetensors", "--anyway").code == 0
+    assert len(methods.card("twice.safetensors")["recipe"]["adapted"]) == 2
+
+    blind = run("adapt", too_strong, "s0.h5", "--by", "heldout-kspace", "-o", "blind.safetensors", "--json")
+    assert blind.code == 0, blind.err
+    assert blind.json["over"] == "folds"
+    assert blind.json["shift"] < 0
+    named = run("adapt", too_strong, "s0.h5", "--reference", "v0.npy", "-o", "named.safetensors", "--json")
+    assert named.code == 0, named.err
+    assert named.json["over"] == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tv", "s.h5", "-o", "n.safetensors"), "error[wrong_model]: model: TotalVariation has no task weight"),
+        (("M", "s.h5", "-o", "n.h5"), "error[bad_option]: n.h5: output: found suffix"),
+        (("M", "s.h5", "-o", "M"), "error[bad_option]: "),
+        (("M", "s.h5", "s.h5", "--reference", "s.h5", "-o", "n.safetensors"), "error[bad_option]: reference: found 1 for 2 scans"),
+        (("M", "s.h5", "--by", "referense", "-o", "n.safetensors"), "error[bad_option]: by: found 'referense'; did you mean 'reference'"),
+        (("M", "none.h5", "-o", "n.safetensors"), "error[unreadable_file]: none.h5"),
+        (("M", "s.h5", "--by", "reference", "-o", "n.safetensors"), "error[no_data]: reference: 1 of 1 scans have no ground truth"),
+        (("M", "s.h5", "-o", "there.safetensors"), "error[bad_option]: there.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_refused_adaptation_writes_nothing(run, too_strong, tmp_path, arguments, said):  # noqa: F811
+    formats.write(tmp_path / "s.h5", scan((24, 24)))
+    Path("there.safetensors").write_bytes(b"mine")
+    files = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    done = run("adapt", *(str(too_strong) if word == "M" else word for word in arguments))
+    assert done.code == 2
+    assert len(done.errors) == 1
+    assert done.errors[0].startswith(said)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files

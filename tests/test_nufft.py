@@ -19,7 +19,7 @@ from tunemri.nufft import NUFFT, calibration_block, density_weights, gram_spectr
 from tunemri.operators import NonCartesian, encoding
 from tunemri.scan import Scan, normalise, select
 from tunemri.simulate import coil_maps, phantom
-from tunemri.trajectories import TRAJECTORIES, golden, radial, radial_weights, spiral
+from tunemri.trajectories import TRAJECTORIES, golden, radial, radial_weights, readouts, spiral
 
 backends = pytest.mark.parametrize("backend", ["finufft", "sparse"])
 every_trajectory = pytest.mark.parametrize("name", TRAJECTORIES)
@@ -257,6 +257,14 @@ def test_angles_of_the_spokes():
     assert turns(tiny((32, 32), 3), 3).tolist() == pytest.approx([0, 23.628, 47.256], abs=1e-2)
     assert torch.equal(tiny((32, 32), 3, order=1), golden((32, 32), 3))
     assert bool((radial((32, 32), 4)[:64, 0] == 0).all())  # angle 0 runs along a row
+
+
+@every_trajectory
+def test_readouts_are_told_apart_by_their_jumps(name):
+    for shots in (1, 2, 5, 16):
+        found = readouts(TRAJECTORIES[name]((20, 17), shots))
+        assert torch.equal(found, torch.arange(shots).repeat_interleave(len(found) // shots)), shots
+    assert readouts(torch.zeros(1, 2)).tolist() == [0]
 
 
 def test_arms_of_the_spiral():

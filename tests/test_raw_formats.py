@@ -36,6 +36,7 @@ from tunemri.formats import Image
 from tunemri.fourier import fft2, ifft2
 from tunemri.operators import NonCartesian
 from tunemri.scan import Geometry, Reconstruction, Scan
+from tunemri.simulate import phantom
 from tunemri.solvers import cg
 
 FILES = [ismrmrd_hdf5, ismrmrd_stream]
@@ -201,6 +202,46 @@ def test_affine_is_that_of_the_directions(save: Save, tmp_path: Path) -> None:
     assert np.array(one.geometry.affine)[:, 3] == pytest.approx(affine @ [0, 0, 1, 1])
 
 
+def test_echoes_of_one_slice_lie_in_its_place(tmp_path: Path) -> None:
+    """No step from one to the next: NIfTI counts them along its fourth axis, and reads them back from there."""
+    import nibabel
+
+    first = readouts(coil_images=images_of_coils()[:1])
+    second = readouts(coil_images=2 * images_of_coils()[:1], contrast=1)
+    with pytest.warns(errors.TunemriWarning, match="contrast × 2"):
+        scan = formats.read(ismrmrd_hdf5(tmp_path, [*first, *second]))
+    affine = np.array(scan.geometry.affine)
+    for b in range(2):
+        assert affine @ [H // 2, W // 2, b, 1] == pytest.approx([-3.0, -4.0, 0.0, 1.0])
+    image = Image(data=ifft2(scan.kspace).abs().sum(1), geometry=scan.geometry)
+    formats.write(tmp_path / "a.nii.gz", image)
+    seen = nibabel.load(tmp_path / "a.nii.gz")
+    assert seen.shape == (H, W, 1, 2)
+    assert seen.affine @ [H // 2, W // 2, 0, 1] == pytest.approx([-3.0, -4.0, 0.0, 1.0])
+    assert abs(seen.affine[2, 2]) == pytest.approx(5.0), "the thickness that the header gives"
+    back = formats.read_image(tmp_path / "a.nii.gz")
+    torch.testing.assert_close(back.data, image.data)
+    assert np.array(back.geometry.affine) == pytest.approx(affine)
+    part = formats.read_image(tmp_path / "a.nii.gz", slices=slice(1, 2))
+    assert torch.equal(part.data, back.data[1:]) and part.geometry.affine == back.geometry.affine
+    with pytest.warns(errors.TunemriWarning, match="in one place"):
+        formats.write(tmp_path / "a.dcm", image)
+    formats.write(tmp_path / "b.dcm", part)
+    alone = np.array(formats.read_image(tmp_path / "b.dcm").geometry.affine)
+    assert alone[:, [0, 1, 3]] == pytest.approx(affine[:, [0, 1, 3]], abs=1e-4)
+    assert np.linalg.norm(alone[:3, 2]) == pytest.approx(5.0)
+
+
+def test_one_millimetre_is_believed_where_the_place_is_known(tmp_path: Path) -> None:
+    """Converters that know nothing write 1 mm and no position."""
+    xml = mrd_header().replace(f"<x>{2.0 * H}</x><y>{1.5 * W}</y>", f"<x>{H}</x><y>{W}</y>")
+    assert formats.read(ismrmrd_hdf5(tmp_path, readouts(), xml)).geometry.voxel_size == pytest.approx((1, 1, 6))
+    nowhere = readouts()
+    for one in nowhere:
+        one.position[:] = (0, 0, 0)
+    assert formats.read(ismrmrd_hdf5(tmp_path, nowhere, xml)).geometry == Geometry()
+
+
 def test_partitions_become_slices(tmp_path: Path) -> None:
     x = images_of_coils()[:1] * np.array([1, 2, 3j, 4])[:, None, None, None]
     y = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(x, axes=0), axis=0, norm="ortho"), axes=0)
@@ -252,7 +293,9 @@ def test_what_info_says_of_readouts(tmp_path: Path) -> None:
     assert [(row["name"], row["shape"]) for row in report["arrays"]] == [
         ("noise readouts", [1, C, 4096]), ("navigator readouts", [1, C, H]), ("imaging readouts", [B * W, C, H])
     ]  # fmt: skip
-    assert report["slices"] == B and report["placed"] and not any("noise" in s for s in report["cannot"])
+    assert report["slices"] == B and report["placed"]
+    assert any("weigh the coils" in s and "whitens" in s for s in report["cannot"]), "the level is all that recon takes"
+    assert not any("whitens" in s for s in formats.inspect(ismrmrd_stream(tmp_path, readouts()))["cannot"])
     with pytest.raises(errors.MissingKey, match="recon"):
         formats.read_image(path)
 
@@ -377,6 +420,145 @@ def test_noise_alone_is_said(tmp_path: Path) -> None:
         formats.read(malformed.radial(tmp_path, kspace=noise))
 
 
+def test_a_slice_without_signal_is_no_reason_to_speak(tmp_path: Path) -> None:
+    y = malformed.kspace()
+    y[1] = 0
+    empty = formats.read(fastmri(tmp_path, kspace=y), slices=slice(1, 2))
+    assert not empty.kspace.any()
+
+
+def test_noise_is_told_from_a_shift(tmp_path: Path) -> None:
+    """The strongest sample of noise lies anywhere: no reason to speak of zero frequency."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((1, 2, 64, 48, 2)).astype(np.float32)
+    noise[..., 5, 4, :] = 6
+    with pytest.warns(errors.TunemriWarning) as said:
+        formats.read(fastmri(tmp_path, kspace=noise, ismrmrd_header=None))
+    assert ["only noise" in str(w.message) for w in said] == [True]
+    with pytest.warns(errors.TunemriWarning) as said:
+        formats.read(fastmri(tmp_path, kspace=np.fft.ifftshift(malformed.kspace(), axes=(-2, -1))))
+    assert ["fftshift" in str(w.message) for w in said] == [True]
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_spokes_without_their_trajectory_are_noticed(along: str, tmp_path: Path) -> None:
+    angle = np.pi * np.arange(12)[:, None] / 12
+    t = np.stack([np.sin(angle), np.cos(angle)], -1) * ((np.arange(64) - 32) / 2)[:, None]
+    y = malformed.along(t.astype(np.float32), malformed.square())
+    y = y if along == "rows" else y.swapaxes(-2, -1)
+    with pytest.warns(errors.TunemriWarning, match=f"every {along[:-1]} has its peak .* spokes"):
+        formats.read(fastmri(tmp_path, kspace=np.ascontiguousarray(y), ismrmrd_header=None))
+    xml = malformed.header(12, 64).replace("</encoding>", "<trajectory>radial</trajectory></encoding>")
+    with pytest.raises(errors.MissingKey, match="trajectory: the header says radial"):
+        formats.read(fastmri(tmp_path, kspace=y, ismrmrd_header=xml))
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("1/m", 4.0), ("degrees", 180 / 16)])
+def test_units_that_no_extent_tells(unit: str, factor: float, tmp_path: Path) -> None:
+    """A readout in steps of several cycles would fold the object over itself; 180 is the border in degrees."""
+    angle = np.pi * np.arange(12)[:, None] / 12
+    t = np.stack([np.sin(angle), np.cos(angle)], -1) * ((np.arange(64) - 32) / 2)[:, None]
+    y = malformed.along(t.astype(np.float32), malformed.square())
+
+    def read(trajectory: np.ndarray) -> list[str]:
+        contents = {"kspace": y, "trajectory": trajectory.astype(np.float32), "ismrmrd_header": None}
+        with pytest.warns(errors.TunemriWarning) as said:
+            formats.read(fastmri(tmp_path, **contents))
+        return [str(w.message) for w in said if "1/m" in str(w.message)]
+
+    assert len(read(factor * t)) == 1
+    assert read(t) == []
+
+
+# ---------------------------------------------------------------- what is an image, what is k-space, what are maps
+
+
+@pytest.mark.parametrize("suffix", [".cfl", ".npy"])
+def test_an_image_is_never_read_as_a_scan(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What tunemri wrote says what it is; what others wrote is noticed by its Fourier transform."""
+    source = fastmri(tmp_path, "scan.h5", kspace=malformed.kspace()[:, :1])
+    out = tmp_path / f"image{suffix}"
+    assert command("recon", source, "-m", "zero-filled", "-o", out) == 0
+    with pytest.raises(errors.UnsupportedLayout, match="holds an image.*simulate"):
+        formats.read(out)
+    assert formats.inspect(out)["content"] == "image"
+    with pytest.raises(errors.MissingKey, match="image"):
+        formats.read_maps(out)
+    for made in ("a.nii.gz", "a.dcm", "a.png", "a.h5"):
+        assert command("convert", out, "-o", tmp_path / made) == 0
+        found = formats.read_image(tmp_path / made).data.abs()
+        if made != "a.png":
+            assert distance(found, formats.read_image(out).data.abs()) < 1e-4
+    capsys.readouterr()
+    assert command("recon", out, "-m", "zero-filled", "-o", tmp_path / "b.h5") == 2
+    assert capsys.readouterr().err.startswith("error[unsupported_layout]")
+    if suffix == ".npy":
+        np.save(out, phantom((48, 40)).numpy() * np.exp(0.3j))  # the record no longer speaks of this file
+        with pytest.warns(errors.TunemriWarning, match="looks like an image"):
+            formats.read(out)
+
+
+@pytest.mark.parametrize("suffix", [".cfl", ".npy"])
+def test_kspace_is_no_image(suffix: str, tmp_path: Path) -> None:
+    y = malformed.kspace()[:, :1]
+    if suffix == ".cfl":
+        formats.write(
+            tmp_path / "a.cfl", Scan(kspace=torch.from_numpy(y), mask=torch.ones(1, 1, 1, W), image_shape=(H, W))
+        )
+        with pytest.raises(errors.MissingKey, match="k-space without an image"):
+            formats.read_image(tmp_path / "a.cfl")
+        return
+    np.save(tmp_path / "a.npy", y)
+    with pytest.raises(errors.MissingKey, match="k-space"):
+        formats.read_image(tmp_path / "a.npy")
+    np.save(tmp_path / "a.npy", np.pad(y[:, 0], ((0, 0), (16, 16), (17, 17))))
+    with pytest.warns(errors.TunemriWarning, match="looks like k-space"):
+        formats.read_image(tmp_path / "a.npy")
+
+
+def maps() -> np.ndarray:
+    x = images_of_coils()[:1] / np.linalg.norm(images_of_coils()[:1], axis=1, keepdims=True)
+    return np.nan_to_num(x).astype(np.complex64)
+
+
+def test_kspace_is_refused_as_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in a file that holds k-space, or an image, and no maps; errors name the file of the maps."""
+    scan = fastmri(tmp_path, "scan.h5")
+    np.save(tmp_path / "maps.npy", maps())
+    formats.write(tmp_path / "b.cfl", formats.read(scan))
+    np.savez(tmp_path / "ksp.npz", kspace=malformed.kspace())
+    formats.write(tmp_path / "image.h5", Reconstruction(image=torch.from_numpy(malformed.image())))
+    np.save(tmp_path / "small.npy", maps()[..., 1:])
+
+    def tried(csm: object) -> str:
+        capsys.readouterr()
+        out = tmp_path / "out.h5"
+        code = command("recon", scan, "-m", "sense", "--csm", csm, "-o", out, "--overwrite")
+        said = capsys.readouterr().err
+        assert (code == 0) == ("error" not in said) == out.exists(), said
+        out.unlink(missing_ok=True)
+        return said
+
+    assert tried(tmp_path / "maps.npy") == ""
+    for name in ("scan.h5", "b.cfl", "ksp.npz", "image.h5"):
+        said = tried(tmp_path / name)
+        assert said.startswith(f"error[missing_key]: {tmp_path / name}: csm: holds"), said
+    assert tried(tmp_path / "small.npy").startswith(f"error[inconsistent_shapes]: {tmp_path / 'small.npy'}: csm")
+    assert tried("").startswith("error[bad_option]: csm: found ''")
+    np.save(tmp_path / "bare.npy", malformed.kspace()[:1])
+    assert f"warning[unsupported_layout]: {tmp_path / 'bare.npy'}: csm: half of it lies below 2 %" in tried(
+        tmp_path / "bare.npy"
+    )
+
+
+def test_two_sets_of_maps_are_refused(tmp_path: Path) -> None:
+    both_sets = np.stack([maps(), maps()]).astype("<c8")
+    malformed.raw(tmp_path, "maps.hdr", f"# Dimensions\n{H} {W} 1 {C} 2\n".encode())
+    malformed.raw(tmp_path, "maps.cfl", both_sets.tobytes())
+    with pytest.raises(errors.UnsupportedLayout, match="2 sets of coil maps.*ecalib -m1"):
+        formats.read_maps(tmp_path / "maps")
+
+
 # ---------------------------------------------------------------- BART
 
 
@@ -452,10 +634,7 @@ def test_dicom_keeps_values_and_place(where: str, b: int, tmp_path: Path) -> Non
     back = formats.read_image(tmp_path / "a.dcm")
     assert float((back.data - made.data).abs().max()) <= 0.501 * notes["slope"], "negative values too"
     found, wanted = np.array(back.geometry.affine), np.array(made.geometry.affine)
-    if b == 1:  # one slice has no next one: the right-handed side is taken
-        wanted[:, 2] = abs(wanted[:, 2])
-        found[:, 2] = abs(found[:, 2])
-    assert found == pytest.approx(wanted, abs=1e-4)
+    assert found == pytest.approx(wanted, abs=1e-4), "of one slice, too: which side the next would be on"
     assert back.geometry.voxel_size == pytest.approx((2.0, 1.5, 6.0))
     if b > 1:
         part = formats.read_image(tmp_path / "a.dcm", slices=slice(1, 2))
@@ -563,6 +742,50 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         said = capsys.readouterr().err
         assert said.startswith("error[bad_option]") and said.count("\n") == 1
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore::tunemri.errors.TunemriWarning")
+def test_names_without_suffix_and_records_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BART's names, and a record whose scan and maps lie beside it, seen from another folder."""
+    monkeypatch.chdir(tmp_path)
+    formats.write("s_ksp.cfl", formats.read(fastmri(tmp_path)))
+    np.save("m.npy", maps())
+    assert command("info", "s_ksp") == 0
+    assert command("recon", "s_ksp", "-m", "sense", "--csm", "m.npy", "-o", "a.npy") == 0
+    assert command("choose", "s_ksp", "-m", "sense", "--slice", 0, "-o", "picks.json") == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert command("recon", "--from", "../a.npy.json", "-o", "b.npy") == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "other/b.npy").read_bytes()
+    assert command("recon", "--from", "../picks.json#1", "-o", "c.npy") == 0
+    (tmp_path / "s_ksp.cfl").unlink()
+    capsys.readouterr()
+    assert command("recon", "--from", "../a.npy.json", "-o", "d.npy") == 2
+    assert "s_ksp" in capsys.readouterr().err
+
+
+def test_simulate_says_at_once_which_suffixes_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    formats.write(tmp_path / "a.nii.gz", placed("oblique"))
+    for name, says in (("s.hdf5", "known: .h5"), ("s.npy", "goes into .h5")):
+        assert command("simulate", tmp_path / "a.nii.gz", "--mask", "poisson", "-o", tmp_path / name) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_folder_of_images_may_hold_scans(tmp_path: Path) -> None:
+    """k-space without a reference is left out, and counted."""
+    from tunemri.datasets import load_images
+
+    (tmp_path / "d").mkdir()
+    formats.write(tmp_path / "d/a.nii.gz", placed("oblique"))
+    fastmri(tmp_path / "d", "b.h5")
+    fastmri(tmp_path / "d", "c.h5", reconstruction_rss=np.abs(malformed.image()))
+    formats.write(tmp_path / "d/e_ksp.cfl", formats.read(tmp_path / "d/b.h5"))
+    np.save(tmp_path / "d/f.npy", malformed.kspace())
+    with pytest.warns(errors.TunemriWarning, match=r"3 of 5 files .*left out: b\.h5, e_ksp\.cfl, f\.npy"):
+        found = load_images(tmp_path / "d")
+    assert len(found["d"]) == 2 * B
 
 
 def test_convert_an_image(tmp_path: Path) -> None:

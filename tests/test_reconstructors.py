@@ -28,6 +28,11 @@ SMALL = {
         "features": {"channels": 2},
         "proposal": {"width": 4, "levels": 2},
     },
+    "generative": {
+        "energy": {"widths": [4, 6]},
+        "mode": {"levels": 3},
+        "draws": {"chains": 2, "samples": 2, "levels": 3},
+    },
 }
 
 
@@ -135,8 +140,13 @@ class TestEveryMethod:
             assert dial.sentence
             assert dial.check(dial_name, suggested[dial_name]) == suggested[dial_name]
             assert dial.as_dict()["sentence"] == dial.sentence
-            images = [reconstruct(s, model, **{dial_name: dial.at(p)}).image for p in (0.0, 0.5, 1.0)]
-            assert not torch.equal(images[0], images[2]), "a dial that does nothing"
+            settings = dial.choices or [dial.at(p) for p in (0.0, 0.5, 1.0)]
+            images = [reconstruct(s, model, **{dial_name: value}).image for value in settings]
+            assert not torch.equal(images[0], images[-1]), "a dial that does nothing"
+            if dial.choices:
+                with pytest.raises(errors.BadOption, match=dial_name):
+                    reconstruct(s, model, **{dial_name: "much"})
+                continue
             for wrong in (dial.hi + 1, float("nan"), float("inf"), "much"):
                 with pytest.raises(errors.BadOption, match=dial_name):
                     reconstruct(s, model, **{dial_name: wrong})

@@ -21,9 +21,10 @@ from tunemri.fourier import fft2
 from tunemri.masks import make_mask
 from tunemri.methods import METHODS, Dial, Reconstructor, reconstruct
 from tunemri.metrics import psnr
-from tunemri.operators import LinearOperator
+from tunemri.operators import LinearOperator, NonCartesian
 from tunemri.scan import Reconstruction, Scan, select
-from tunemri.simulate import phantom, simulate
+from tunemri.simulate import coil_maps, phantom, simulate
+from tunemri.trajectories import golden, readouts
 
 
 def build(name: str) -> Reconstructor:
@@ -258,6 +259,53 @@ class TestHiding:
         g = torch.Generator().manual_seed(0)
         total = float(tuning._split(mask[None], asked(splits=20, fraction=0.1), g)[1].sum()) / 20
         assert total == pytest.approx(float((1 - mask).sum()), rel=0.15)
+
+
+def spokes(shots: int, *, noise: float = 0.02) -> tuple[Scan, Tensor]:
+    """A phantom along golden-angle spokes, four coils, maps known."""
+    x, csm = phantom((32, 32), seed=1)[None].to(torch.complex64), coil_maps((32, 32), 4, seed=0)[None]
+    k = golden((32, 32), shots)[None]
+    y = NonCartesian(k, csm)(x)
+    y = y + noise * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    return Scan(kspace=y, trajectory=k, image_shape=(32, 32), csm=csm), x
+
+
+class TestOffTheGrid:
+    @pytest.mark.parametrize("by", ["heldout-kspace", "diverse"])
+    def test_hidden_readouts_find_a_good_setting(self, by):
+        s, x = spokes(24)
+        model = build("tv")
+        found = tuning.choose(s, model, by=by, points=5, refine=2, splits=2, k=3)
+        assert tuning.choose(s, model, by=by, points=5, refine=2, splits=2, k=3) == found
+        best = tuning.choose(s, model, by="reference", reference=x, points=5, refine=2)
+        if by == "diverse":
+            assert len(found.picks) == 3
+        else:
+            assert "readouts" in found.reason
+            assert quality(s, model, x, found.dials) > quality(s, model, x, best.dials) - 2
+            assert quality(s, model, x, found.dials) > quality(s, model, x, {"lam": 0.1}) + 1, "not any setting"
+
+    def test_whole_readouts_are_hidden_and_nothing_of_them_is_seen(self):
+        s, _ = spokes(20)
+        assert s.trajectory is not None
+        of = readouts(s.trajectory[0])
+        trials = tuning._hide_readouts(s, asked(splits=3, fraction=0.2), torch.Generator().manual_seed(0))
+        assert len(trials) == 3
+        for trial in trials:
+            seen, unseen = trial.y.shape[-1], trial.truth.shape[-1]
+            assert seen + unseen == s.kspace.shape[-1]
+            assert unseen == 4 * 64, "a fifth of twenty spokes"
+            places = [bool((s.kspace[0, :, i, None] == trial.truth[0]).all(0).any()) for i in range(0, len(of), 64)]
+            assert sum(places) == 4
+            assert bool((trial.weight >= 0).all()) and bool(trial.weight.any())
+
+    def test_what_cannot_be_is_said(self):
+        s, _ = spokes(3)
+        with pytest.raises(errors.BadOption, match="3 readout.* at least 4"):
+            tuning.choose(s, build("tv"), by="heldout-kspace")
+        for by in ("sure", "discrepancy"):
+            with pytest.raises(errors.UnsupportedLayout, match="grid"):
+                tuning.choose(s, build("tv"), by=by)
 
 
 class TestDiversify:

@@ -29,9 +29,11 @@ from laws import scan
 from test_reconstructors import build
 from tunemri import errors, formats
 from tunemri.evaluation import Contestant
+from tunemri.fourier import fft2
 from tunemri.methods import METHODS, Dial, Reconstructor, prepare, reconstruct
 from tunemri.scan import Geometry, Reconstruction, select
 from tunemri.simulate import phantom
+from tunemri.tuning import choose
 from tunemri.viewer import Session, Source, server, widget
 from tunemri.viewer import session as engine
 from tunemri.viewer.offline import page
@@ -57,6 +59,23 @@ class Slow(Reconstructor):
             time.sleep(0.005)
             x = x + 0
         return Reconstruction(image=x * shade, dials={"shade": shade})
+
+
+class Posterior(Reconstructor):
+    """A mean with a variance where asked for, and a record of how it went."""
+
+    def forward(
+        self, y, A, *, lam: Annotated[float, Dial(sentence="weight", default=1.0, lo=0.1, hi=10, scale="log")] = 1.0,
+        estimate: Annotated[str, Dial(sentence="which", default="map", choices=("map", "mmse"))] = "map",
+    ):  # fmt: skip
+        x = A.H(y) / (1 + lam)
+        sd = x.abs() / 2
+        certificate = {"psi": [3.0, 2.0, 1.5], "branch": ["proposed", "gradient"], "descent": True, "gradient": 0.01}
+        return Reconstruction(
+            image=x, dials={"lam": lam, "estimate": estimate}, variance=sd**2 if estimate == "mmse" else None,
+            samples=torch.stack((x + sd, x - sd), 1) if estimate == "mmse" else None,
+            stats={"r_hat": [1.02], "odd": float("nan"), "certificate": [certificate], "long": "x" * 10**6},
+        )  # fmt: skip
 
 
 def session(*names: str, shape=(24, 20), slices=1, coils=2, reference=False) -> Session:
@@ -113,7 +132,8 @@ def test_every_method_describes_itself(name):
         {"slot": "../../etc/passwd"}, {"slot": None}, {"number": -1}, {"number": 1.5}, {"number": True}, {"model": 1},
         {"model": "0"}, {"slice": -1}, {"slice": 10**9}, {"slice": float("nan")}, {"slice": "0;rm"}, {"dials": []},
         {"dials": {"lam": float("nan")}}, {"dials": {"lam": float("inf")}}, {"dials": {"lam": 99}}, {"dials": {"lam": None}},
-        {"dials": {"lam": [1]}}, {"dials": {"lam": "x"}}, {"dials": {"other": 1}}, {"path": "x"},
+        {"dials": {"lam": [1]}}, {"dials": {"lam": "x"}}, {"dials": {"other": 1}}, {"path": "x"}, {"coil": 2}, {"coil": -1},
+        {"coil": True}, {"coil": "0"}, {"by": "reference"}, {"by": "diverse"}, {"by": []}, {"by": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -145,6 +165,34 @@ def test_kspace_of_a_perfect_image_has_no_residual():
     assert got.arrays["misfit"].max() < 1e-5 * got.arrays["image"].max()
     assert sum(got.head["rings"]["samples"]) == 24 * 20
     assert got.arrays["image"].argmax() == 12 * 20 + 10, "zero frequency lies in the centre"
+
+
+def test_kspace_of_one_coil_is_a_part_of_all():
+    s = session("sense", coils=3)
+    out, one = s.image(s.read({"slot": "a", "number": 1}))[0], s.scan
+    full = fft2(out.image[:, None] * one.csm)[0]
+    parts = [ask(s, "kspace", coil=c) for c in range(3)]
+    for c, part in enumerate(parts):
+        assert part.head["coil"] == c
+        assert np.allclose(part.arrays["image"], full[c].abs(), atol=1e-5)
+        assert np.allclose(part.arrays["misfit"], ((full[c] - one.kspace[0, c]) * one.mask[0, 0]).abs(), atol=1e-5)
+    for name in ("image", "misfit"):
+        total = np.sqrt(sum(part.arrays[name] ** 2 for part in parts))
+        assert np.allclose(ask(s, "kspace").arrays[name], total, atol=1e-5)
+
+
+def test_variance_and_what_a_method_counted_reach_the_page():
+    s = Session(scan((24, 20)), [Contestant(name="posterior", model=Posterior())])
+    assert set(ask(s).arrays) == {"image"}
+    got = ask(s, dials={"estimate": "mmse"})
+    assert np.allclose(got.arrays["std"], np.abs(complex_image(got)) / 2, rtol=1e-3)
+    x = torch.from_numpy(complex_image(got))
+    assert np.allclose(got.arrays["samples"], torch.stack((x + x.abs() / 2, x - x.abs() / 2)).abs(), rtol=1e-3)
+    stats = json.loads(json.dumps(got.head["stats"], allow_nan=False))
+    assert stats["r_hat"] == 1.02, "of one slice, not a list"
+    assert stats["odd"] is None
+    assert stats["certificate"]["psi"] == [3.0, 2.0, 1.5]
+    assert "long" not in stats
 
 
 def test_letters_only_where_a_header_says_so():
@@ -285,6 +333,44 @@ def test_stop_keeps_the_coarse_range(desk):
     d.stop(owner)
     inbox.until(lambda a: a.head["type"] == "stopped")
     assert not any(a.head.get("final") and a.head["type"] == "range" for a in inbox.answers)
+
+
+def test_a_choice_is_the_one_of_the_library_with_its_reason(desk):
+    """By every criterion that the page offers; words are not chosen but kept."""
+    s = session("sense", slices=2)
+    s.scan = dataclasses.replace(s.scan, noise_std=0.02)
+    offered = s.about().head["criteria"]
+    assert offered == ["heldout-kspace", "discrepancy", "sure"]
+    d, inbox, owner = desk(s), Inbox(), object()
+    for number, by in enumerate(offered, 1):
+        d.ask(owner, s.read({"slot": "choose", "number": number, "slice": 1, "by": by}), inbox)
+        got = inbox.until(lambda a, n=number: a.head["type"] in ("choice", "error") and a.head["number"] == n).head
+        expected = choose(select(s.scan, slice(1, 2)), build("sense"), by=by)
+        assert (got["dials"], got["reason"]) == (expected.dials, expected.reason)
+    s.contestants[0] = Contestant(name="posterior", model=Posterior())
+    d.ask(owner, s.read({"slot": "choose", "number": 9, "dials": {"estimate": "mmse"}}), inbox)
+    found = inbox.until(lambda a: a.head["number"] == 9 and a.head["type"] in ("choice", "error")).head
+    assert found["dials"]["estimate"] == "mmse"
+    s.scan = dataclasses.replace(s.scan, noise_std=None)
+    assert s.about().head["criteria"] == ["heldout-kspace", "discrepancy"], "SURE needs a known noise"
+
+
+def ours() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name in ("tunemri-front", "tunemri-back")]
+
+
+def test_threads_end_when_there_is_nothing_to_do_and_come_back(desk, monkeypatch):
+    monkeypatch.setattr(engine, "_IDLE", 0.2)
+    before, s, inbox = len(ours()), session("sense"), Inbox()
+    d = desk(s)
+    assert len(ours()) == before, "none before the first request"
+    for number in (1, 2):
+        d.ask(object(), s.read({"slot": "a", "number": number}), inbox)
+        inbox.until(lambda a, n=number: a.head["number"] == n)
+        end = time.monotonic() + 10
+        while len(ours()) > before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 def test_an_error_is_an_answer_and_work_goes_on(desk):
@@ -683,6 +769,21 @@ def test_a_view_has_a_still_picture_and_a_widget():
         inside._handle_custom_msg({"state": {"model": 0, "slice": 0, "dials": {"lam": 0.02}, "kept": []}}, [])
         assert shown.settings == {"lam": 0.02}
     assert tunemri.load("tv").view(s).session.contestants[0].name == "tv"
+
+
+def test_a_closed_view_leaves_no_thread_and_a_closed_cell_no_work():
+    pytest.importorskip("anywidget", reason='the extra "viewer" is not installed')
+    before, view = len(ours()), widget.view(scan((16, 16)), Slow(2000))
+    inside = view.widget()
+    inside._handle_custom_msg({"slot": "a", "number": 1}, [])
+    assert len(ours()) == before + 1
+    start = time.monotonic()
+    inside._handle_custom_msg({"bye": True}, [])
+    view.close()
+    assert len(ours()) == before
+    assert time.monotonic() - start < 5
+    assert view.widget() is not inside
+    view.close()
 
 
 def test_without_anywidget_it_says_what_to_install(monkeypatch):

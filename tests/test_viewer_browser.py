@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from laws import scan
-from test_viewer import Slow, served
+from test_viewer import Posterior, Slow, served
 from tunemri import cli, formats
 from tunemri.evaluation import Contestant
 from tunemri.methods import Dial, Reconstructor, reconstruct
@@ -162,7 +163,8 @@ def viewer(opened):
           Object.assign(v.b, {want: {model: 1, slice: 1, dials: v.starts(1)}});
           v.refresh(v.b, 0);
           v.setPart('magnitude');
-          Object.assign(v, {swipe: undefined, kept: [], inverted: false});
+          Object.assign(v, {swipe: undefined, kept: [], inverted: false, perPane: false, own: {}, coil: ''});
+          v.setRoi(null);
           v.buildKept();
           v.resetView();
           v.autoWindow();
@@ -283,6 +285,156 @@ def test_pin_flicker_swap_and_swipe(viewer):
     assert np.array_equal(viewer.pixels("v.panes.b.canvas"), a)
 
 
+def test_one_pane_may_have_a_window_of_its_own_and_says_so(viewer):
+    viewer.until("v.matches(v.b) && v.b.frame.kind === 'exact' && v.rangeOf(v.a.want)?.final && v.gallery.length", 60)
+    viewer.page.mouse.move(5, 5)
+    before, shared = {p: viewer.pixels(f"v.panes.{p}.canvas") for p in "ab"}, viewer.js("v.window")
+    viewer.page.keyboard.down("Control")
+    viewer.drag(PANE_A, (0.3, 0.5), (0.6, 0.6))
+    viewer.page.keyboard.up("Control")
+    viewer.page.mouse.move(5, 5)
+    assert not np.array_equal(viewer.pixels("v.panes.a.canvas"), before["a"])
+    assert np.array_equal(viewer.pixels("v.panes.b.canvas"), before["b"])
+    assert viewer.js("v.window") == shared
+    assert "own" in viewer.js("v.panes.a.scale")
+    assert "own" not in viewer.js("v.panes.b.scale")
+    viewer.page.dblclick(PANE_A)
+    viewer.page.mouse.move(5, 5)
+    assert np.array_equal(viewer.pixels("v.panes.a.canvas"), before["a"])
+    viewer.page.click("button:has-text('per pane'):visible")
+    for pane in "ab":
+        plane = np.abs(viewer.data(f"v.{pane}.frame"))
+        own = viewer.js(f"v.own.{pane}")
+        assert own["hi"] == pytest.approx(np.quantile(plane, 0.995), rel=0.02)
+    viewer.page.click("button:has-text('per pane'):visible")
+    assert viewer.js("Object.keys(v.own).length") == 0
+
+
+def test_a_circle_is_measured_in_both_panes_and_their_difference_and_along_the_dial(viewer):
+    viewer.until("v.matches(v.b) && v.b.frame.kind === 'exact' && v.rangeOf(v.a.want)?.final", 60)
+    viewer.page.keyboard.down("Alt")
+    viewer.drag(PANE_A, (0.45, 0.45), (0.55, 0.5))
+    viewer.page.keyboard.up("Alt")
+    roi = viewer.js("v.roi")
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    inside = (x - roi["x"]) ** 2 + (y - roi["y"]) ** 2 <= roi["r"] ** 2
+    assert inside.sum() >= 5
+    a, b = np.abs(viewer.exact()), np.abs(viewer.data("v.b.frame"))
+    viewer.settle()
+    for pane, plane in (("a", a), ("b", b), ("c", a - b)):
+        found = viewer.js(f"v.panes.{pane}.measured")
+        assert found["count"] == inside.sum()
+        assert found["mean"] == pytest.approx(plane[inside].mean(), abs=1e-5)
+        assert found["sd"] == pytest.approx(plane[inside].std(ddof=1), abs=1e-5)
+    probed = viewer.js("v.rangeOf(v.a.want).probe(v.rangeOf(v.a.want).at(v.a.want.dials), v.roiPixels)")
+    assert probed["mean"] == pytest.approx(a[inside].mean(), rel=0.02)
+    viewer.page.select_option("aside label:has-text('behind it') select", "roi-mean")
+    viewer.settle()
+    assert viewer.js("!!v.curve")
+    viewer.page.select_option("aside label:has-text('behind it') select", "psnr")
+    viewer.page.keyboard.down("Alt")
+    viewer.page.click(PANE_A)
+    viewer.page.keyboard.up("Alt")
+    assert viewer.js("v.roi === null && v.panes.a.measured === null || !v.roi")
+
+
+def test_kspace_has_a_zoom_of_its_own_and_a_choice_of_coil(viewer):
+    viewer.page.click("[data-tab='k-space']")
+    viewer.until("v.spectrum && v.ringsOf === v.spectrum")
+    everything = viewer.js("v.spectrum.arrays.image.reduce((s, x) => s + x * x, 0)")
+    parts = []
+    for coil in ("0", "1"):
+        viewer.page.select_option(".kspace select", coil)
+        viewer.until(f"v.spectrum.coil === {coil}")
+        parts.append(viewer.js("v.spectrum.arrays.image.reduce((s, x) => s + x * x, 0)"))
+    assert sum(parts) == pytest.approx(everything, rel=1e-4)
+    before = viewer.pixels("v.kpanes.image.canvas")
+    box = viewer.box(".kspace canvas >> nth=0")
+    viewer.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    viewer.page.mouse.wheel(0, -400)
+    viewer.until("v.kview.zoom > 2")
+    assert viewer.js("v.view.zoom") == 1, "that of the image is another"
+    assert not np.array_equal(viewer.pixels("v.kpanes.image.canvas"), before)
+    said = viewer.page.inner_text(".kspace figcaption >> nth=0")
+    assert re.search(r"\(-?\d, -?\d\)", said), "near zero frequency, in the centre"
+    centre = viewer.js("[v.kview.x, v.kview.y]")
+    viewer.drag(".kspace canvas >> nth=0", (0.5, 0.5), (0.6, 0.4))
+    moved = viewer.js("[v.kview.x, v.kview.y]")
+    scale = viewer.js("v.scaleOf(v.kpanes.image.canvas, v.kview, 1).x") * SHAPE[1]
+    assert moved[0] == pytest.approx(centre[0] - 0.1 * box["width"] / scale, abs=0.01)
+    assert moved[1] > centre[1]
+    viewer.page.dblclick(".kspace canvas >> nth=0")
+    assert viewer.js("v.kview.zoom") == 1
+    viewer.page.check(".kspace input[type=checkbox]")
+    viewer.settle()
+    assert (viewer.pixels("v.kpanes.image.picture.canvas").max(2) == 0).mean() > 0.3, "what was not sampled is black"
+    viewer.page.uncheck(".kspace input[type=checkbox]")
+    viewer.page.click("[data-tab='tune']")
+
+
+def test_a_setting_is_picked_without_ground_truth_and_the_reason_is_kept(viewer):
+    viewer.page.click("button:has-text('pick for me')")
+    viewer.until("!v.choosing && !v.pickedText.hidden", 60)
+    viewer.exact()
+    assert "predicts held-out k-space best" in viewer.page.inner_text(".picked")
+    viewer.js("v.root.focus()")
+    viewer.page.keyboard.press("k")
+    assert "predicts held-out k-space best" in viewer.js("v.kept[0].note")
+    viewer.js("v.turn({lam: .5})")
+    viewer.settle()
+    assert not viewer.page.is_visible(".picked"), "the reason belongs to that setting alone"
+
+
+def test_a_range_that_would_take_long_is_made_only_if_asked_for(viewer):
+    viewer.exact()
+    sent = len(viewer.sent)
+    viewer.js("v.ranges.clear() || v.seconds.set(v.rangeKey(0, '', v.a.want.dials), 20) && v.askRange(v.a.want, 0)")
+    viewer.until("v.unmade.startsWith('no range yet: 20 s')")
+    time.sleep(0.3)
+    assert not any('"range"' in text for text in viewer.sent[sent:])
+    viewer.js("v.redraw()")
+    viewer.page.click("button:has-text('make it'):visible")
+    viewer.until("v.rangeOf(v.a.want)?.final && v.rangeOf(v.a.want).scores", 60)
+
+
+def test_a_variance_lights_up_its_tab_and_a_certificate_its_report(browser):
+    s = Session(
+        scan(SHAPE, noise=0.02), [Contestant(name="posterior", model=Posterior())], reference=phantom(SHAPE)[None]
+    )
+    with served(s) as link:
+        v = Page(browser, link)
+        v.exact()
+        assert not v.page.is_visible("[data-tab='uncertainty']")
+        v.page.select_option("aside .dial select", "mmse")
+        v.until("v.a.frame.kind === 'exact' && v.a.frame.arrays?.std")
+        v.page.click("[data-tab='uncertainty']")
+        v.until("v.truth && v.std && !v.dirty.size")
+        v.settle()
+        seen, sd = v.pixels("v.std.map.picture.canvas"), np.abs(v.data("v.a.frame")) / 2
+        assert np.corrcoef(seen.sum(2, dtype=float).ravel(), sd.ravel())[0, 1] > 0.9
+        error, truth = np.abs(np.abs(v.data("v.a.frame")) - s.reference[0].abs().numpy()), s.reference[0].abs().numpy()
+        share = 100 * (error <= sd)[truth > 0.05 * np.quantile(truth, 0.995)].mean()
+        assert f"within 1 sd: {share:.0f} %" in v.page.inner_text(".uncertainty figure:nth-child(4) .facts")
+        assert "r hat\t1.02" in v.page.inner_text(".uncertainty table")
+        first = v.pixels("v.std.draws.picture.canvas")
+        v.page.click(".uncertainty button[title='the next']")
+        assert not np.array_equal(v.pixels("v.std.draws.picture.canvas"), first)
+        v.page.click(".uncertainty button[title='the next']")
+        assert np.array_equal(v.pixels("v.std.draws.picture.canvas"), first), "there are two, in turn"
+        grey = v.pixels("v.std.mean.canvas")
+        v.page.locator(".uncertainty input[type=range]").fill("0.5")
+        assert np.ptp(grey.astype(int), axis=2).max() == 0
+        assert np.ptp(v.pixels("v.std.mean.canvas").astype(int), axis=2).max() > 30, "colour where it is uncertain"
+        v.page.click("[data-tab='report']")
+        assert "Ψ never rises" in v.page.inner_text(".report")
+        assert "gradient 1" in v.page.inner_text(".report")
+        assert v.pixels("v.sections.report.querySelector('canvas')").std() > 10
+        levels = "[{sigma: 1, iterations: 2, objective: [3, 2, 2]}, {sigma: .1, iterations: 2, objective: [3, 2, 2.5]}]"
+        rows = v.js(f"[...v.descents({{levels: {levels}}}).querySelectorAll('tr')].map(r => r.lastChild.textContent)")
+        assert rows == ["never rises", "yes", "NO"]
+        v.close()
+
+
 def test_the_difference_is_signed_and_black_where_equal(viewer):
     viewer.page.keyboard.press("p")
     viewer.until("v.matches(v.b)")
@@ -386,6 +538,14 @@ def test_kept_settings_come_back_by_the_command_line(viewer, tmp_path):
     assert np.array_equal(np.load(tmp_path / "again.npy")[0], image)
     run("recon", "--from", path, "-o", tmp_path / "first.npy")
     assert not np.array_equal(np.load(tmp_path / "first.npy")[0], image)
+    # Picks and scan, sent to somebody: the path in the picks leads nowhere there.
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.copy(picks["scan"], moved)
+    picks["scan"] = f"/nowhere/{Path(picks['scan']).name}"
+    (moved / "picks.json").write_text(json.dumps(picks))
+    run("recon", "--from", f"{moved / 'picks.json'}#2", "-o", moved / "again.npy")
+    assert np.array_equal(np.load(moved / "again.npy")[0], image)
     viewer.page.click("ol.kept li:first-child button:first-child")
     assert viewer.js("v.a.want.dials.lam") == 0.02
     viewer.exact()
@@ -502,6 +662,8 @@ def test_a_pad_turns_two_dials_at_once_and_a_word_has_a_menu(browser):
         image = v.exact()
         assert np.array_equal(image, reconstruct(s.scan, expected, shade=shade, tilt=tilt).image[0].numpy())
         assert v.pixels("v.padCanvas").std() > 10, "there is a landscape behind the dials"
+        low, high = (float(text) for text in v.page.inner_text(".legend").split())
+        assert low < high == pytest.approx(v.js("v.rangeOf(v.a.want).best('psnr', true).value"), abs=0.02)
         v.page.select_option("aside .dial select", "down")
         v.until("v.a.want.dials.sign === 'down'")
         assert not np.array_equal(v.exact(), image)

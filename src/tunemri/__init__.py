@@ -43,6 +43,7 @@ _CONTENTS = {
     "sample": "simulate",
     "sweep": "evaluation",
     "evaluate": "evaluation",
+    "adapt": "tuning",
     "choose": "tuning",
     "range_basis": "tuning",
     "sensitivity": "tuning",

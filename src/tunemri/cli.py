@@ -7,8 +7,12 @@ errors become, is in `console`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +24,9 @@ from . import __version__, console, errors, files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .evaluation import Contestant
+    from .evaluation import Case, Contestant
     from .methods import Reconstructor
-    from .scan import Reconstruction, Scan
+    from .scan import Geometry, Reconstruction, Scan
     from .viewer import Session
 
 __all__ = ["app", "main"]
@@ -37,7 +41,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ScanArgument = Annotated[Path, Argument(metavar="SCAN", help="any readable k-space file")]
+
+def _resolved(path: Path | None) -> Path | None:
+    """The file that a name stands for: BART's pairs go by a name without suffix, too."""
+    if path is None or (path.suffix != ".hdr" and os.path.exists(path)):
+        return path
+    from . import formats
+
+    return formats.resolve(path)
+
+
+ScanArgument = Annotated[Path, Argument(metavar="SCAN", help="any readable k-space file", callback=_resolved)]
 Model = Annotated[
     str, Option("-m", "--model", metavar="MODEL", help="bundled name, .safetensors file, or method[:dial=value]")
 ]
@@ -50,14 +64,25 @@ Overwrite = Annotated[bool, Option("--overwrite", help="replace an existing outp
 AsJson = Annotated[bool, Option("--json", help="one JSON object on standard output")]
 Slices = Annotated[str | None, Option("--slice", metavar="K or START:STOP", help="only these slices, counted from 0")]
 Csm = Annotated[
-    str, Option("--csm", help="coil maps, where the scan has none: espirit, low-resolution, walsh, or a file")
+    str,
+    Option(
+        "--csm",
+        help="coil maps, where the scan has none: espirit, low-resolution, walsh, joint, or a file (bart ecalib -m1)",
+    ),
 ]
 EarlierCsm = Annotated[
     str | None,
-    Option("--csm", help="coil maps, where the scan has none: espirit (default), low-resolution, walsh, or a file"),
+    Option(
+        "--csm",
+        help="coil maps, where the scan has none: espirit (default), low-resolution, walsh, joint, or a file (bart ecalib -m1)",
+    ),
 ]
 ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]
 Extrapolate = Annotated[bool, Option("--extrapolate", help="allow dials outside their range")]
+Cluster = Annotated[
+    str | None,
+    Option("--cluster", metavar="ADDRESS", help="of a dask scheduler whose workers do the work: tcp://HOST:PORT"),
+]
 Seed = Annotated[int, Option("--seed", min=0, max=2**62, help="of everything random")]
 EarlierSeed = Annotated[int | None, Option("--seed", min=0, max=2**62, help="of everything random (default 0)")]
 
@@ -81,7 +106,6 @@ def demo(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check the install and the device with one tiny reconstruction; say what is missing and how to get it."""
-    import os
     import platform
     import shutil
     import time
@@ -123,7 +147,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def info(
-    file: Annotated[Path, Argument(metavar="FILE", help="scan, image or weights")],
+    file: Annotated[Path, Argument(metavar="FILE", help="scan, image or weights", callback=_resolved)],
     as_json: AsJson = False,
 ) -> None:
     """Say what is in a file, and what can and cannot be done with it."""
@@ -135,7 +159,7 @@ def info(
         facts = {
             "kind": "weights", "method": header["method"], "dials": header.get("dials", {}),
             "arguments": header["arguments"], "recipe": header.get("recipe", {}),
-            "can": [f"tunemri recon SCAN -m {file} -o OUT.h5"], "cannot": [],
+            "guarantees": header.get("guarantees", {}), "can": [f"tunemri recon SCAN -m {file} -o OUT.h5"], "cannot": [],
         }  # fmt: skip
     else:
         from . import formats
@@ -163,7 +187,7 @@ def info(
 
 @app.command()
 def convert(
-    source: Annotated[Path, Argument(metavar="IN", help="any readable scan or image")],
+    source: Annotated[Path, Argument(metavar="IN", help="any readable scan or image", callback=_resolved)],
     output: Output,
     slices: Slices = None,
     overwrite: Overwrite = False,
@@ -174,9 +198,9 @@ def convert(
 
     _check_output(output, source, overwrite)
     formats.check_writable(output, overwrite=overwrite)
-    source = formats.resolve(source)
     cut = _slices(slices)
-    what = formats.read_either(source, slices=cut)
+    # A complex array without a header may be either: what an image's format is asked of is taken for one.
+    what = formats.read_either(source, slices=cut, prefer="scan" if formats.holds_scans(output) else "image")
     scan = None if isinstance(what, formats.Image) else what
     keeps = scan is not None and output.suffix == ".h5"
     reference = formats.read_reference(source, slices=cut) if keeps else None
@@ -196,7 +220,7 @@ def convert(
 
 @app.command()
 def simulate(
-    image: Annotated[Path, Argument(metavar="IMAGE", help="any readable image or volume")],
+    image: Annotated[Path, Argument(metavar="IMAGE", help="any readable image or volume", callback=_resolved)],
     output: Output,
     mask: Annotated[str, Option("--mask", metavar="NAME|FILE", help="mask family (see `tunemri masks`) or a 0/1 file")],
     acceleration: Annotated[float, Option("--acceleration", "-R", help="grid points per sample")] = 4.0,
@@ -217,7 +241,8 @@ def simulate(
     from .simulate import simulate as simulated
 
     _check_output(output, image, overwrite)
-    if output.suffix not in (".h5", ".hdf5"):
+    formats.check_writable(output, overwrite=overwrite)
+    if output.suffix != ".h5":
         raise errors.BadOption("a simulated scan goes into .h5, with mask and truth", file=output, key="output")
     picture = formats.read_image(image, slices=_slices(slices), prefer="reference")
     shape = (picture.data.shape[-2], picture.data.shape[-1])
@@ -226,14 +251,15 @@ def simulate(
     scan, target = simulated(
         picture.data, mask=pattern, coils=coils, noise=noise, seed=seed, geometry=picture.geometry, mask_name=mask
     )
-    notes = formats.write(output, scan, reference=target, overwrite=overwrite)
-    facts = {
-        "ok": True, "out": str(output), "image": str(image), "image_sha256": files.sha256(image), "mask": mask,
-        "nominal_acceleration": None if Path(mask).exists() else acceleration,
-        "acceleration": scan.acceleration, "coils": coils, "noise": noise,
-        "noise_std": scan.noise_std, "seed": seed, "shape": list(scan.kspace.shape), "provenance": scan.provenance, **notes,
-    }  # fmt: skip
-    console.sidecar(output, facts, overwrite=overwrite)
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        notes = formats.write(folder / output.name, scan, reference=target)
+        facts = {
+            "ok": True, "out": str(output), "image": str(image), "image_sha256": files.sha256(image), "mask": mask,
+            "nominal_acceleration": None if Path(mask).exists() else acceleration,
+            "acceleration": scan.acceleration, "coils": coils, "noise": noise,
+            "noise_std": scan.noise_std, "seed": seed, "shape": list(scan.kspace.shape), "provenance": scan.provenance, **notes,
+        }  # fmt: skip
+        console.sidecar(folder / output.name, facts, overwrite=False)
     _result(
         facts,
         as_json,
@@ -267,18 +293,25 @@ def recon(
     seed: EarlierSeed = None,
     extrapolate: Extrapolate = False,
     device: Annotated[str, Option("--device", help="cpu or cuda")] = "cpu",
+    address: Cluster = None,
+    resume: Annotated[
+        bool, Option("--resume", help="of several scans, leave alone those that this very command has done before")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Reconstruct scans at chosen dials."""
-    import torch
+    from . import cluster
+    from .coils import MAPS
 
-    _device(device)
+    if address is None:
+        _device(device)
     earlier: dict[str, Any] = _read_sidecar(source) if source else {}
-    if not scans and "scan" in earlier:
-        scans = [Path(earlier["scan"])]
+    if source and not scans and "scan" in earlier:
+        scans = [_beside(Path(earlier["scan"]), source)]
     if not scans:
         raise errors.BadOption("no scan named", key="SCAN", help="tunemri recon SCAN -m MODEL -o OUT")
+    scans = [_resolved(scan) or scan for scan in scans]
     if model is None:
         model = earlier.get("model")
     if model is None:
@@ -289,15 +322,25 @@ def recon(
         earlier["dials"] = {}  # they belong to another model
     extrapolate = extrapolate or bool(earlier.get("extrapolate"))
     seed = int(earlier.get("seed", 0)) if seed is None else seed
-    torch.manual_seed(seed)
     slices = earlier.get("slice") if slices is None else slices
-    csm = str(earlier.get("csm", "espirit")) if csm is None else csm
-    chosen = _contestant(model, earlier.get("dials", {}), settings or [], extrapolate)
-    chosen.model.to(device)
+    if csm is None:
+        csm = str(earlier.get("csm", "espirit"))
+        csm = csm if source is None or csm in MAPS else str(_beside(Path(csm), source))
+    asked = _Asked(
+        model=model, earlier=json.dumps(earlier), settings=tuple(settings or ()), csm=csm, reference=reference,
+        slices=slices, seed=seed, extrapolate=extrapolate, device=device, overwrite=overwrite,
+    )  # fmt: skip
+    _contestant_of.cache_clear()
+    chosen = (
+        asked if address is None else dataclasses.replace(asked, device="cpu")
+    ).contestant  # fails before any work
+    if address is not None:
+        # Outputs are checked here: what a worker has made, another may have to make again.
+        asked = dataclasses.replace(asked, overwrite=True, model_sha256=_model_hash(chosen.name))
     many = len(scans) > 1 or output.is_dir()
     if many and not output.is_dir() and output.suffix:
         raise errors.BadOption(f"{len(scans)} scans and one file", file=output, help="name a folder, without suffix")
-    if many and not overwrite and (output / "summary.json").exists():
+    if many and not (overwrite or resume) and (output / "summary.json").exists():
         raise errors.BadOption("exists already", file=output / "summary.json", help="another folder, or --overwrite")
     jobs = [(scan, output / f"{_stem(scan)}.h5" if many else output) for scan in scans]
     targets = [target for _, target in jobs]
@@ -308,31 +351,51 @@ def recon(
     made = many and not output.exists()
     if many:
         files.make_folder(output)
-    done: list[dict[str, Any]] = []
-    refused: list[dict[str, Any]] = []
-    with console.progress("recon") as bar:
-        for number, (scan, target) in enumerate(jobs, 1):
-            try:
-                facts = _recon_one(
-                    scan, target, chosen, earlier, csm=csm, reference=reference, slices=slices, seed=seed,
-                    extrapolate=extrapolate, device=device, overwrite=overwrite,
-                )  # fmt: skip
-                done.append(facts)
-            except Exception as error:
-                known = console.as_error(error)
-                if known is None or not many:
-                    raise
-                console.say(console.error_line(known))
-                refused.append({"scan": str(scan), **console.describe(known)})
-            bar(number, len(jobs))
+    done: dict[int, dict[str, Any]] = {}
+    refused: dict[int, dict[str, Any]] = {}
+    taken: list[int] = []
+    units: list[_Job] = []
+
+    def refuse(index: int, error: Exception) -> None:
+        known = console.as_error(error)
+        if known is None or not many:
+            raise error
+        console.say(console.error_line(known))
+        refused[index] = {"scan": str(jobs[index][0]), **console.describe(known)}
+
+    for index, (scan, target) in enumerate(jobs):
+        try:
+            if many and resume and (facts := _done_before(scan, target, asked)) is not None:
+                done[index] = facts
+                continue
+            if address is not None:
+                _check_recon(scan, target, overwrite)
+            taken.append(index)
+            units.append(_Job(scan=scan, target=target, asked=asked))
+        except Exception as error:
+            refuse(index, error)
+    how = f"{output}: the same command with --resume does the rest" if many else "nothing was written"
+    with (
+        console.resumable(lambda: f"{len(done)} of {len(jobs)} scans done, {how}"),
+        cluster.workers(address) as executor,
+        console.progress("recon") as bar,
+    ):
+        for number, (unit, outcome) in enumerate(cluster.each(_recon_one, units, executor), 1):
+            if isinstance(outcome, Exception):
+                refuse(taken[unit], outcome)
+            else:
+                done[taken[unit]] = outcome
+            bar(number, len(units))
     if many and not done:
         # Nothing came of it: leave nothing behind.
         if made:
             output.rmdir()
-        _result({"ok": False, "done": [], "refused": refused}, as_json, f"{output}  0 of {len(jobs)} scans done")
+        _result(
+            {"ok": False, "done": [], "refused": _in_order(refused)}, as_json, f"{output}  0 of {len(jobs)} scans done"
+        )
         raise typer.Exit(2)
     if many:
-        summary = {"ok": not refused, "done": done, "refused": refused}
+        summary = {"ok": not refused, "done": _in_order(done), "refused": _in_order(refused)}
         with files.write_atomically(output / "summary.json", overwrite=True) as temporary:
             temporary.write_text(json.dumps(console.plain(summary), indent=1) + "\n", encoding="utf-8")
         _result(
@@ -366,6 +429,7 @@ def sweep(
     ] = "psnr,ssim,mae,hfen",
     csm: Csm = "espirit",
     slices: Slices = None,
+    address: Cluster = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -373,16 +437,31 @@ def sweep(
     import numpy as np
     import torch
 
-    from . import evaluation, plots
+    from . import cluster, evaluation, plots
 
     names = _metrics(metrics)
     contestant = _contestant(model, {}, [], False)
     data, truth = _load(scan, slices, csm, reference)
+    source = _Source(
+        scan=scan,
+        slices=slices,
+        csm=csm,
+        reference=reference,
+        digests=tuple(map(_digest, (scan, reference, Path(csm)))),
+    )
+    case = evaluation.Case(name="scan", scan=data, reference=truth, source=source)
     dials = contestant.model.dials
     axes = _grid(grid or [], contestant.model) or dict.fromkeys(dials, 11)
     fixed = {name: value for name, value in contestant.dials.items() if name not in axes}
-    with console.progress("sweep") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
-        rows = evaluation.sweep(data, contestant.model, {**fixed, **axes}, reference=truth, metrics=names, progress=bar)
+    with (
+        cluster.workers(address) as executor,
+        _kept(output, "sweeping") as kept,
+        console.progress("sweep") as bar,
+        files.write_folder_atomically(output, overwrite=overwrite) as folder,
+    ):
+        rows = evaluation.sweep(
+            case, contestant, {**fixed, **axes}, metrics=names, progress=bar, keep=kept, executor=executor
+        )
         rows = [dataclasses.replace(row, labels={"model": model}) for row in rows]
         evaluation.write_csv(folder / "table.csv", evaluation.records(rows))
         np.save(folder / "images.npy", torch.stack([row.image for row in rows if row.image is not None]).numpy())
@@ -396,7 +475,8 @@ def sweep(
         best = {name: evaluation.choose_by_reference(rows, name) for name in names} if truth is not None else {}
         facts = {
             "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "model": model,
-            "settings": len(rows), "grid": axes, "acceleration": data.acceleration, "rows": evaluation.records(rows),
+            "model_sha256": _model_hash(model), "settings": len(rows), "grid": axes,
+            "acceleration": data.acceleration, "rows": evaluation.records(rows),
             "best": {name: {"dials": row.dials, "value": row.metrics[name]} for name, row in best.items()},
         }  # fmt: skip
         console.sidecar(folder / "sweep", facts, overwrite=False)
@@ -498,12 +578,14 @@ def compare(
         if row.image is not None
     ]
     figure = plots.strip(panels, None if truth is None else truth[middle].abs())
-    figure.save(output, overwrite=overwrite)
-    facts = {
-        "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "slice": middle,
-        "acceleration": data.acceleration, "rows": evaluation.records(rows),
-    }  # fmt: skip
-    console.sidecar(output, facts, overwrite=overwrite)
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        figure.save(folder / output.name)
+        facts = {
+            "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "slice": middle,
+            "model_sha256": {text: _model_hash(text) for text in model}, "acceleration": data.acceleration,
+            "rows": evaluation.records(rows),
+        }  # fmt: skip
+        console.sidecar(folder / output.name, facts, overwrite=False)
     shown = (
         "\n".join("  ".join(line) for line in evaluation.table(evaluation.summarise(rows))) if truth is not None else ""
     )
@@ -513,7 +595,10 @@ def compare(
 @app.command()
 def view(
     scan: Annotated[
-        Path | None, Argument(metavar="[SCAN]", help="any readable k-space file; without one, the embedded sample")
+        Path | None,
+        Argument(
+            metavar="[SCAN]", help="any readable k-space file; without one, the embedded sample", callback=_resolved
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -532,7 +617,6 @@ def view(
     reference: ReferenceFile = None,
 ) -> None:
     """Turn the dials in your browser: A, B and their difference, the range, what you keep. For this machine only."""
-    import os
     import webbrowser
 
     from . import viewer
@@ -578,12 +662,14 @@ def export(
     index = len(session.scan) // 2 if cut is None else cut.start
     if index >= len(session.scan) or (cut is not None and cut.stop != index + 1):
         raise errors.BadOption(f"found {slices!r}, expected one of {len(session.scan)} slices", key="slice")
-    facts = viewer.export(output, session, index=index, overwrite=overwrite)
-    facts = {
-        "ok": True, "out": str(output), "out_sha256": files.sha256(output), "scan": str(scan), "scan_sha256": files.sha256(scan),
-        "model": model, "model_sha256": _model_hash(model), "slice": index, "csm": csm, **facts,
-    }  # fmt: skip
-    console.sidecar(output, facts, overwrite=overwrite)
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        facts = viewer.export(folder / output.name, session, index=index)
+        facts = {
+            "ok": True, "out": str(output), "out_sha256": files.sha256(folder / output.name),
+            "scan": str(scan), "scan_sha256": files.sha256(scan),
+            "model": model, "model_sha256": _model_hash(model), "slice": index, "csm": csm, **facts,
+        }  # fmt: skip
+        console.sidecar(folder / output.name, facts, overwrite=False)
     worst = "exact" if facts["checked_db"] is None else f"{facts['checked_db']:.1f} dB"
     _result(
         facts, as_json,
@@ -613,21 +699,99 @@ def train(
 
     if threads:
         torch.set_num_threads(threads)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, one speaks for all
 
     def report(state: dict[str, Any]) -> None:
         left = state["seconds"] / state["step"] * (state["steps"] - state["step"])
+        notes = "".join(f"  {name} {value:.3g}" for name, value in state["notes"].items())
         console.say(
-            f"step {state['step']}/{state['steps']}  loss {state['loss']:.4f}  {state['seconds']:.0f} s, {left:.0f} s left"
+            f"step {state['step']}/{state['steps']}  loss {state['loss']:.4f}{notes}  {state['seconds']:.0f} s, {left:.0f} s left"
         )
 
     try:
         training.train(training.read_recipe(recipe, changes or []), output, resume=resume, report=report)
     except training.Interrupted as stop:
-        console.say(f"interrupted, state saved; go on with: tunemri train {recipe} --resume -o {output}")
+        if first:
+            console.say(f"state saved; go on with: tunemri train {recipe} --resume -o {output}")
         raise typer.Exit(128 + stop.signum) from None
-    weights = output / "model.safetensors"
-    digest = files.sha256(weights)
-    _result({"ok": True, "out": str(weights), "sha256": digest}, as_json, f"{weights}  {digest[:12]}")
+    if first:
+        weights = output / "model.safetensors"
+        digest = files.sha256(weights)
+        _result({"ok": True, "out": str(weights), "sha256": digest}, as_json, f"{weights}  {digest[:12]}")
+
+
+@app.command()
+def adapt(
+    model: Annotated[str, Argument(metavar="MODEL", help="bundled name, or a .safetensors file")],
+    scans: Annotated[list[Path], Argument(metavar="SCAN...", help="one to five scans of one protocol")],
+    output: Annotated[Path, Option("-o", "--output", metavar="NEW.safetensors", help="the weights to write")],
+    reference: Annotated[
+        list[Path] | None,
+        Option("--reference", metavar="FILE", help="ground truth, one for each scan, where the scans hold none"),
+    ] = None,
+    by: Annotated[
+        str | None,
+        Option("--by", help="reference or heldout-kspace; default: reference where every scan has one"),
+    ] = None,
+    csm: Csm = "espirit",
+    slices: Slices = None,
+    seed: Seed = 0,
+    anyway: Annotated[bool, Option("--anyway", help="write them even where the gain may be none")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Re-learn the task weight of a model from a few scans; written only if it pays, which is measured."""
+    import time
+
+    from . import methods, tuning
+
+    if output.suffix != ".safetensors":
+        raise errors.BadOption(f"found suffix {output.suffix!r}, expected .safetensors", file=output, key="output")
+    source = methods.bundled().get(model, Path(model))
+    for path in (source, *scans):
+        _check_output(output, path, overwrite)
+    if reference and len(reference) != len(scans):
+        raise errors.BadOption(f"found {len(reference)} for {len(scans)} scans", key="reference", help="one for each")
+    if by not in (None, "reference", "heldout-kspace"):
+        raise errors.BadOption(
+            f"found {by!r}", key="by", help=errors.did_you_mean(str(by), ("reference", "heldout-kspace"))
+        )
+    trained = methods.load(model)
+    start = time.perf_counter()
+    loaded = [_load(s, slices, csm, r) for s, r in zip(scans, reference or [None] * len(scans), strict=True)]
+    truths = [truth for _, truth in loaded if truth is not None]
+    if by == "reference" and len(truths) < len(scans):
+        raise errors.NoData(
+            f"{len(scans) - len(truths)} of {len(scans)} scans have no ground truth", key="reference",
+            help="--reference FILE for each scan, or --by heldout-kspace",
+        )  # fmt: skip
+    use = by != "heldout-kspace" and len(truths) == len(scans)
+    with console.progress("adapt") as bar:
+        found = tuning.adapt(
+            trained, [scan for scan, _ in loaded], truths if use else None, csm=csm, seed=seed, progress=bar
+        )
+    gain = f"{found.gain:+.3f} dB, 95 % interval {found.low:+.3f} to {found.high:+.3f} over {found.units} {found.over}"
+    if not found.pays and not anyway:
+        raise errors.NoData(
+            f"{found.by}: gain {gain}: may be none, so nothing was written", file=output, key="gain",
+            help="the weights that you have serve these scans as well; more scans, or --anyway",
+        )  # fmt: skip
+    made = {
+        "shift": found.shift, "by": found.by, "gain_db": found.gain, "interval_db": [found.low, found.high],
+        "units": found.units, "over": found.over, "ratios": found.ratios, "tried": found.rows,
+        "model_sha256": files.sha256(source), "scans_sha256": [files.sha256(path) for path in scans], "seed": seed,
+    }  # fmt: skip
+    recipe = methods.card(source)["recipe"]
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        file = folder / output.name
+        methods.save(found.model, file, {**recipe, "adapted": [*recipe.get("adapted", []), console.plain(made)]})
+        facts = {
+            "ok": True, "out": str(output), "out_sha256": files.sha256(file), "model": model,
+            "scans": [str(path) for path in scans], "csm": csm, "slice": slices, "pays": found.pays, **made,
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        console.sidecar(file, facts, overwrite=False)
+    _result(facts, as_json, f"{output}  {found.by}: {gain}  {facts['seconds']:.1f} s")
 
 
 @app.command()
@@ -675,17 +839,18 @@ def evaluate(
     ] = None,
     state: Annotated[
         Path | None,
-        Option("--state", metavar="DIR", help="keeps unfinished landscapes: the same command then goes on from there"),
+        Option("--state", metavar="DIR", help="keeps landscapes, finished ones too, for later commands"),
     ] = None,
     fail_under: Annotated[
         list[str] | None,
         Option("--fail-under", metavar="METRIC=VALUE", help="exit 5 unless the first model's mean reaches it"),
     ] = None,
+    address: Cluster = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Score methods on images that are undersampled here: table.md, rows.csv, curves, landscapes and report.html."""
-    from . import scoring
+    from . import cluster, scoring
 
     gates = dict(_pair(text, "fail-under") for text in fail_under or [])
     names = _metrics(metrics, *gates)
@@ -701,15 +866,23 @@ def evaluate(
         )
     kept = files.make_folder(state) if state else None
     atlas = scoring.Atlas(points=landscape, thresholds=levels, state=kept) if landscape else None
-    with console.progress("evaluate") as bar, files.write_folder_atomically(output, overwrite=overwrite) as folder:
+    if address and landscape:
+        errors.warn("landscapes are made here, not on the cluster")
+    with (
+        cluster.workers(address) as executor,
+        _kept(output, "evaluating") as unfinished,
+        console.progress("evaluate") as bar,
+        files.write_folder_atomically(output, overwrite=overwrite) as folder,
+    ):
         rows, text = scoring.run(
-            contestants, plan, folder, metrics=names, tune=tune, grid=grid, atlas=atlas, progress=bar
-        )
+            contestants, plan, folder, metrics=names, tune=tune, grid=grid, atlas=atlas, keep=unfinished,
+            executor=executor, progress=bar,
+        )  # fmt: skip
         means = scoring.means(rows, contestants[0].name, names)
         failed = scoring.below(means, {name: _number(value, name) for name, value in gates.items()})
         facts = {
             "ok": not failed, "out": str(output), "plan": dataclasses.asdict(plan), "models": model,
-            "means": means, "summary": scoring.summary(rows), "failed": failed,
+            "model_sha256": {text: _model_hash(text) for text in model}, "means": means, "summary": scoring.summary(rows), "failed": failed,
         }  # fmt: skip
         console.sidecar(folder / "evaluate", facts, overwrite=False)
     _result(facts, as_json, f"{text}\n{output / 'report.html'}")
@@ -761,41 +934,221 @@ def masks(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_jso
 # ---------------------------------------------------------------- what the commands share
 
 
-def _recon_one(
-    scan: Path, target: Path, chosen: Contestant, earlier: dict[str, Any], *, csm: str, reference: Path | None, slices: str | None,
-    seed: int, extrapolate: bool, device: str, overwrite: bool,
-) -> dict[str, Any]:  # fmt: skip
-    import time
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What `recon` is asked to do with every scan; plain values, for the workers of a cluster."""
 
+    model: str
+    earlier: str
+    settings: tuple[str, ...]
+    csm: str
+    reference: Path | None
+    slices: str | None
+    seed: int
+    extrapolate: bool
+    device: str
+    overwrite: bool
+    model_sha256: str | None = None
+
+    @property
+    def contestant(self) -> Contestant:
+        """The method with its setting, loaded once."""
+        return _contestant_of(self)
+
+
+@functools.lru_cache(maxsize=2)
+def _contestant_of(asked: _Asked) -> Contestant:
+    _device(asked.device)
+    earlier = json.loads(asked.earlier).get("dials", {})
+    contestant = _contestant(asked.model, earlier, list(asked.settings), asked.extrapolate)
+    if asked.model_sha256 not in (None, _model_hash(contestant.name)):
+        raise errors.WrongModel(
+            "not the weights that were named", file=asked.model, key="cluster", help="workers must see the same files"
+        )
+    contestant.model.to(asked.device)
+    return contestant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One scan of `recon`."""
+
+    scan: Path
+    target: Path
+    asked: _Asked
+
+
+def _in_order(found: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [found[index] for index in sorted(found)]
+
+
+def _check_recon(scan: Path, target: Path, overwrite: bool) -> None:
+    """Refuse what could not be written, before any work."""
     from . import formats
-    from .fourier import crop
-    from .methods import reconstruct
 
     _check_output(target, scan, overwrite)
     formats.check_writable(target, overwrite=overwrite)
-    for what, digest in (("scan", files.sha256(files.check(scan))), ("model", _model_hash(chosen.name))):
+
+
+def _recon_one(job: _Job) -> dict[str, Any]:
+    """Reconstruct one scan, some of its slices at a time, and write it with its record."""
+    import itertools
+
+    import torch
+
+    from . import formats
+    from .fourier import crop
+    from .scan import joined, without_image
+
+    asked, scan, target = job.asked, job.scan, job.target
+    chosen, earlier = asked.contestant, json.loads(asked.earlier)
+    _check_recon(scan, target, asked.overwrite)
+    hashes = {"scan": files.sha256(files.check(scan)), "model": _model_hash(chosen.name)}
+    for what, digest in hashes.items():
         if earlier.get(f"{what}_sha256", digest) != digest:
             errors.warn(f"the {what} is not the one of the sidecar: the image will differ", "note")
-    data, truth = _load(scan, slices, csm, reference)
-    start = time.perf_counter()
-    out: Reconstruction = reconstruct(data.to(device), chosen.model, extrapolate=extrapolate, **chosen.dials)
-    image = out.image.cpu()
-    seconds = time.perf_counter() - start
-    scores = {} if truth is None else _scores(crop(image, truth.shape[-2:]), truth)
-    if out.status != "converged":
-        errors.warn(f"{scan}: not converged: {out.status}")
-    notes = formats.write(target, dataclasses.replace(out, image=image), geometry=data.geometry, overwrite=overwrite)
-    facts = {
-        "ok": True, "out": str(target), "out_sha256": files.sha256(target), "scan": str(scan), "scan_sha256": files.sha256(scan),
-        "model": chosen.name, "model_sha256": _model_hash(chosen.name), "dials": dict(out.dials), "csm": csm, "slice": slices,
-        "seed": seed, "extrapolate": extrapolate, "device": device, "shape": list(image.shape),
-        "coils": data.coils, "provenance": data.provenance,
-        "acceleration": data.acceleration, "scale": out.stats.get("scale"), "certificate": out.stats.get("certificate"),
-        "residual": None if out.residual is None else float(out.residual.mean()),
-        "status": out.status, "metrics": scores, "seconds": seconds, **notes,
-    }  # fmt: skip
-    console.sidecar(target, facts, overwrite=overwrite)
+    torch.manual_seed(asked.seed)  # for each scan, so that it does not depend on those before it
+    parts: list[_Slices] = []
+    compared: list[tuple[Tensor, Tensor]] = []
+
+    def made() -> Iterator[Reconstruction]:
+        for part in _in_parts(scan, asked):
+            # What is judged stays until the end, because a metric belongs to a whole volume; all else can go.
+            if part.truth is not None:
+                compared.append((crop(part.out.image, part.truth.shape[-2:]), part.truth))
+            parts.append(dataclasses.replace(part, out=without_image(part.out), truth=None))
+            yield part.out
+
+    pieces: Iterator[Reconstruction] = made()
+    pieces = itertools.chain([next(pieces)], pieces)  # a scan that is at fault is refused before anything is written
+    total = parts[0].total
+    with files.write_with_record(target, overwrite=asked.overwrite) as folder:
+        result = folder / target.name
+        notes = formats.write_pieces(result, pieces, slices=total, geometry=parts[0].geometry)
+        out = joined([part.out for part in parts])
+        scores = _scores(*(torch.cat(side) for side in zip(*compared, strict=True))) if compared else {}
+        if out.status != "converged":
+            errors.warn(f"{scan}: not converged: {out.status}")
+        over = out.stats.get("residual_over_noise")
+        if over and max(over) > _MISFIT and chosen.model.dials:  # without a dial nobody asked for a fit
+            errors.warn(
+                f"{scan}: the image misses the data by {max(over):.2g} times their noise: a strong setting, or wrong coil maps"
+            )
+        facts = {
+            "ok": True, "out": str(target), "out_sha256": files.sha256(result), "scan": str(scan), "scan_sha256": hashes["scan"],
+            "model": chosen.name, "model_sha256": hashes["model"], "dials": dict(out.dials), "csm": asked.csm,
+            "slice": asked.slices, "seed": asked.seed, "extrapolate": asked.extrapolate, "device": asked.device,
+            "shape": [total, *out.image.shape[1:]], "coils": parts[0].coils, "provenance": out.provenance,
+            "acceleration": total / sum(part.slices / part.acceleration for part in parts),
+            "scale": out.stats.get("scale"), "certificate": out.stats.get("certificate"),
+            "residual": None if out.residual is None else float(out.residual.mean()), "residual_over_noise": over,
+            "status": out.status, "metrics": scores, "seconds": sum(part.seconds for part in parts), **notes,
+        }  # fmt: skip
+        console.sidecar(result, facts, overwrite=False)
     return facts
+
+
+_MISFIT = 3.0  # times the noise: what methods leave at settings that they suggest is below, see benchmarks/stability.py
+_PART = 2**26  # bytes of k-space that `recon` reads and reconstructs at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Slices:
+    """Some slices of a scan, reconstructed, and what the record says of them; `total`: how many there are in all."""
+
+    out: Reconstruction
+    truth: Tensor | None
+    geometry: Geometry
+    total: int
+    slices: int
+    coils: int
+    acceleration: float
+    seconds: float
+
+
+def _in_parts(scan: Path, asked: _Asked) -> Iterator[_Slices]:
+    """The reconstruction of a scan in parts of `_PART` bytes of k-space, where its file can be read so.
+
+    Maps or a reference from another file keep it whole: which of their slices belongs to which is told by counting all.
+    """
+    import time
+
+    import torch
+
+    from . import formats
+    from .coils import MAPS
+    from .methods import reconstruct
+    from .scan import Reconstruction
+
+    chosen = asked.contestant
+    shape = formats.volume_shape(scan) if asked.csm in MAPS and asked.reference is None else None
+    texts, total, dark = [asked.slices], None, 0
+    if shape is not None:
+        rows = range(shape[0])[_slices(asked.slices) or slice(None)]
+        size = max(1, _PART // (8 * shape[1] * shape[2] * shape[3]))
+        if len(rows) > size:
+            total = len(rows)
+            texts = [f"{k}:{min(k + size, rows.stop)}" for k in range(rows.start, rows.stop, size)]
+    for text in texts:
+        data, truth = _load(scan, text, asked.csm, asked.reference)
+        start = time.perf_counter()
+        if bool(data.kspace.any()) or dark + len(data) == (total or len(data)):
+            way = "joint" if asked.csm == "joint" else "espirit"  # other maps are in the scan by now
+            out = reconstruct(
+                data.to(asked.device), chosen.model, csm=way, extrapolate=asked.extrapolate, **chosen.dials
+            )
+            out = dataclasses.replace(out, image=out.image.cpu())
+        else:
+            # No signal in these slices, as at the ends of a volume: they have no image. All of them dark are refused above.
+            dark += len(data)
+            image, ones = torch.zeros((len(data), *data.image_shape), dtype=torch.complex64), torch.ones(len(data))
+            out = Reconstruction(
+                image=image, residual=0 * ones, stats={"scale": ones.tolist()}, provenance=data.provenance
+            )
+        part = _Slices(
+            out=out, truth=truth, geometry=data.geometry, total=total or len(data), slices=len(data), coils=data.coils,
+            acceleration=data.acceleration, seconds=time.perf_counter() - start,
+        )  # fmt: skip
+        del data, out, truth  # not beside the next slices
+        yield part
+        del part
+
+
+def _done_before(scan: Path, target: Path, asked: _Asked) -> dict[str, Any] | None:
+    """The record of an output that is there, whole, and just what is asked for; None where it is to be made.
+
+    Raises:
+        BadOption: it was made of something else.
+    """
+    record = console.sidecar_path(target)
+    if not target.exists() or not record.exists():
+        return None
+    facts = _read_sidecar(record)
+    chosen = asked.contestant
+    wanted = {
+        "out_sha256": files.sha256(target), "scan_sha256": files.sha256(scan), "model": chosen.name,
+        "model_sha256": _model_hash(chosen.name), "dials": {**facts["dials"], **chosen.dials}, "csm": asked.csm,
+        "slice": asked.slices, "seed": asked.seed, "extrapolate": asked.extrapolate,
+    }  # fmt: skip
+    differs = [name for name, value in console.plain(wanted).items() if facts.get(name) != value]
+    if differs:
+        raise errors.BadOption(
+            f"made with another {', '.join(differs)}", file=target, key="resume", help="--overwrite, or another folder"
+        )
+    return facts
+
+
+@contextmanager
+def _kept(output: Path, doing: str) -> Iterator[Path]:
+    """A folder for what a long command has finished so far; if it is stopped, it says so and how to go on."""
+    with files.unfinished(output, doing) as folder:
+
+        def sentence() -> str:
+            done = len(list(folder.glob("part-*")))
+            return f"{done} results are kept in {folder.name}; the same command goes on from there"
+
+        with console.resumable(sentence):
+            yield folder
 
 
 def _session(scan: Path | None, model: list[str], *, csm: str, reference: Path | None) -> Session:
@@ -851,14 +1204,8 @@ def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> t
         if csm in coils.MAPS:
             # Estimated here, once, for all that is done with this scan.
             scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
-        elif csm == "joint":
-            raise errors.BadOption(f"{csm} is not available yet", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
-        elif Path(csm).exists():
-            maps = formats.read_maps(Path(csm))
-            maps = maps[cut] if cut is not None and len(maps) > len(scan) else maps
-            scan = dataclasses.replace(scan, csm=maps.to(scan.kspace.dtype))
-        else:
-            raise errors.BadOption(f"found {csm!r}, no such file", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
+        elif csm != "joint":  # those are found with the image
+            scan = _with_maps(scan, csm, cut)
     truth = (
         formats.read_reference(path, slices=cut)
         if reference is None
@@ -879,6 +1226,48 @@ def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> t
     return scan, truth
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A scan by its name: what a worker of a cluster reads it of."""
+
+    scan: Path
+    slices: str | None
+    csm: str
+    reference: Path | None
+    digests: tuple[str | None, ...]
+
+    def __call__(self) -> Case:
+        from .evaluation import Case
+
+        for path, digest in zip((self.scan, self.reference, Path(self.csm)), self.digests, strict=True):
+            if path is not None and _digest(path) != digest:
+                raise errors.UnreadableFile(
+                    "not the file that was named", file=path, key="cluster", help="workers must see the same files"
+                )
+        data, truth = _load(self.scan, self.slices, self.csm, self.reference)
+        return Case(name="scan", scan=data, reference=truth)
+
+
+def _digest(path: Path | None) -> str | None:
+    return files.sha256(path) if path is not None and path.is_file() else None
+
+
+def _with_maps(scan: Scan, csm: str, cut: slice | None) -> Scan:
+    """The scan with the coil maps of a file."""
+    from . import coils, formats
+
+    path = formats.resolve(Path(csm))
+    if not csm.strip() or not path.exists():
+        raise errors.BadOption(f"found {csm!r}, no such file", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
+    maps = formats.read_maps(path)
+    maps = maps[cut] if cut is not None and len(maps) > len(scan) else maps
+    try:
+        return dataclasses.replace(scan, csm=maps.to(scan.kspace.dtype))
+    except errors.TunemriError as error:
+        error.file = path
+        raise
+
+
 def _contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapolate: bool) -> Contestant:
     """MODEL[:dial=value,…] with the settings of a sidecar and of --set on top, all checked."""
     from .evaluation import Contestant
@@ -893,7 +1282,7 @@ def _contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapo
     dials = {**dials, **earlier, **dict(_pair(part, "set") for part in settings)}
     model = load(name)
     checked = model.check_dials(dials, extrapolate=extrapolate)
-    return Contestant(name=text, model=model, dials={key: checked[key] for key in dials})
+    return Contestant(name=text, model=model, dials={key: checked[key] for key in dials}, source=name)
 
 
 def _model_hash(text: str) -> str | None:
@@ -1017,6 +1406,12 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
             help="use the OUT.json beside an output",
         ) from None  # fmt: skip
     return facts
+
+
+def _beside(path: Path, record: Path) -> Path:
+    """A file that a record names: as it stands, or else where the record lies, for whoever comes from another folder."""
+    tries = [path, record.parent / path, record.parent / path.name]
+    return next((p for p in (_resolved(t) or t for t in tries) if p.exists()), path)
 
 
 def _pick(text: str, count: int, path: Path) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import signal
 import sys
 import tempfile
@@ -32,12 +31,14 @@ __all__ = [
     "listen",
     "one_line",
     "plain",
+    "resumable",
     "say",
     "sidecar",
     "sidecar_path",
 ]
 
 _LONGEST = 300
+_STOPPED = {130: "interrupted", 143: "terminated"}
 _SHOWN: set[str] = set()  # warnings of this command: each is said once
 
 
@@ -102,8 +103,7 @@ def as_error(error: BaseException) -> errors.TunemriError | None:
     """The tunemri error that an exception from elsewhere amounts to, or None: a bug of ours."""
     if isinstance(error, errors.TunemriError):
         return error
-    text = str(error)
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|Unable to allocate", text):
+    if errors.lacks_memory(error):
         return errors.NoMemory("not enough memory", help="fewer slices at a time (--slice), or a smaller matrix")
     if isinstance(error, OSError) and error.errno is not None:
         return files.environment_error(error, error.filename or "")
@@ -113,12 +113,11 @@ def as_error(error: BaseException) -> errors.TunemriError | None:
 def guarded(run: Callable[[], int | None], *, verbose: bool, as_json: bool) -> int:
     """Run a command and turn whatever happens into an exit status and at most one line."""
     try:
-        return run() or 0
+        status = run() or 0
     except Terminated as stop:
-        return int(stop.args[0])
+        status = int(stop.args[0])
     except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+        status = 130
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): point stdout elsewhere, so that closing it is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,6 +135,9 @@ def guarded(run: Callable[[], int | None], *, verbose: bool, as_json: bool) -> i
         if as_json:
             print(json.dumps({"ok": False, "error": describe(known), "exit_code": known.exit_code}))
         return known.exit_code
+    if status in _STOPPED:  # also where the parser or a command made a status of the signal
+        say(_STOPPED[status])
+    return status
 
 
 def describe(error: errors.TunemriError) -> dict[str, Any]:
@@ -192,6 +194,16 @@ def progress(verb: str, *, quiet: bool = False) -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def resumable(sentence: Callable[[], str]) -> Iterator[None]:
+    """Says `sentence()` when the block is interrupted or terminated: what is saved, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        say(sentence())
+        raise
 
 
 def plain(value: Any) -> Any:

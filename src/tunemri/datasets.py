@@ -6,6 +6,8 @@ k-space made here from images is simulated, and whatever was trained or scored o
 from __future__ import annotations
 
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +92,7 @@ def load_images(folder: str | Path, sources: Sequence[str] = ()) -> dict[str, li
 
     Arguments:
         folder: a split of the shared data (`…/train`, `…/val`) with `sources`, or any folder of readable
-            images or scans with a reference, which is then one source.
+            images or scans with a reference, which is then one source. k-space without one is left out, with a warning.
         sources: names in SOURCES.
 
     Raises:
@@ -103,16 +105,38 @@ def load_images(folder: str | Path, sources: Sequence[str] = ()) -> dict[str, li
             raise errors.BadOption(f"found {name!r}", key="data.sources", help=errors.did_you_mean(name, SOURCES))
         filename, planes = SOURCES[name]
         files.check(folder / filename)
-        with np.load(folder / filename, allow_pickle=False) as z:
-            found[name] = [torch.from_numpy(np.ascontiguousarray(p)) for p in planes(dict(z))]
+        try:
+            with open(folder / filename, "rb") as f, np.load(f, allow_pickle=False) as z:
+                found[name] = [torch.from_numpy(np.ascontiguousarray(p)) for p in planes(dict(z))]
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise errors.UnreadableFile(
+                f"not the images of {name} ({error})", file=folder / filename, help="copy or download it again"
+            ) from error
     if not sources:
         if not folder.is_dir():
             raise errors.UnreadableFile("not a folder", file=folder, key="data.folder")
-        paths = sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES))
-        found[folder.name] = [x for path in paths for x in formats.read_image(path, prefer="reference").data]
+        found[folder.name] = _readable(sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES)))
     images = {name: [scaled for p in planes if (scaled := _scaled(p)) is not None] for name, planes in found.items()}
     if not any(images.values()):
         raise errors.NoData("no image found", file=folder, key="data", help=f"readable: {' '.join(_SUFFIXES)}")
+    return images
+
+
+def _readable(paths: Sequence[Path]) -> list[Tensor]:
+    """The images of all files, but for those that hold k-space alone."""
+    images: list[Tensor] = []
+    left_out = []
+    for path in paths:
+        try:
+            images += formats.read_image(path, prefer="reference").data
+        except (errors.MissingKey, errors.UnsupportedLayout) as error:
+            if "k-space" not in error.what:
+                raise
+            left_out.append(path.name)
+    if left_out:
+        errors.warn(
+            f"{len(left_out)} of {len(paths)} files hold k-space without a reference, left out: {', '.join(left_out)}"
+        )
     return images
 
 
@@ -124,7 +148,7 @@ def sampling_mask(
     Raises:
         BadOption: no such family, or options for a file; what `make_mask` and `read_mask` raise.
     """
-    if name in patterns.MASKS or not Path(name).exists():
+    if name in patterns.MASKS | patterns.TASKS or not Path(name).exists():
         return patterns.make_mask(name, shape, acceleration, seed=seed, **(options or {}))
     if options:
         raise errors.BadOption("a mask from a file takes no options", key=next(iter(options)))
@@ -146,8 +170,7 @@ class Sampler:
         images: by source, as from `load_images`; sources are drawn in proportion to the root of their size.
         batch: samples per step.
         size: edge of the square training matrix, in pixels.
-        masks: families in `masks.MASKS`, equally often; name one twice to draw it twice as often. Besides, "full", all
-            of k-space (for denoising), and "centre", a central block with 1 / acceleration of it (for superresolution).
+        masks: families in `masks.MASKS` or `masks.TASKS`, equally often; name one twice to draw it twice as often.
         acceleration: `(lo, hi)`, drawn log-uniformly.
         noise: `(lo, hi)` standard deviation of the noise over the image maximum, log-uniform; a quarter of the
             samples has none, unless lo = hi.
@@ -191,13 +214,10 @@ class Sampler:
         generator = torch.Generator().manual_seed(self.seed)
         bank = []
         for name in self.masks:
-            for index in range(self.bank if name in patterns.MASKS else 1):
+            for index in range(self.bank if name != "full" else 1):
                 acceleration = _log_uniform(lo, hi, generator)
                 if self.ratios:
                     acceleration = 1 / self.ratios[index % len(self.ratios)]
-                if name not in patterns.MASKS:
-                    bank.append(_task(name, self.size, acceleration))
-                    continue
                 options = _varied(name, self.size, acceleration, generator)
                 bank.append(patterns.make_mask(name, (self.size, self.size), acceleration, seed=index, **options))
         object.__setattr__(self, "_bank", torch.stack(bank))
@@ -294,20 +314,6 @@ class Sampler:
         level = _log_uniform(*self.noise, generator)
         none = _uniform(0, 1, generator) < 0.25 and self.noise[0] < self.noise[1]
         return 0.0 if none else level
-
-
-def _task(name: str, size: int, acceleration: float) -> Tensor:
-    """What is measured in tasks other than compressed sensing, `(size, size)`."""
-    mask = torch.zeros(size, size)
-    if name == "full":  # denoising
-        return mask + 1
-    if name == "centre":  # superresolution: the scanner measured a smaller matrix
-        block = max(1, round(size / math.sqrt(acceleration)))
-        first = size // 2 - block // 2
-        mask[first : first + block, first : first + block] = 1
-        return mask
-    known = (*patterns.MASKS, "full", "centre")
-    raise errors.BadOption(f"found {name!r}", key="data.masks", help=errors.did_you_mean(name, known))
 
 
 def _lower(images: list[Tensor]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -45,6 +46,7 @@ __all__ = [
     "UnsupportedLayout",
     "WrongModel",
     "did_you_mean",
+    "lacks_memory",
     "warn",
 ]
 
@@ -161,3 +163,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
     return (f"did you mean {near[0]!r}? " if near else "") + f"known: {listed or 'none'}"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a foreign exception says that memory ran out; torch has no class for it on every device."""
+    said = r"can't allocate memory|out of memory|unable to allocate|bad allocation"
+    return isinstance(error, MemoryError) or re.search(said, str(error), re.IGNORECASE) is not None

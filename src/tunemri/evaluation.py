@@ -10,22 +10,30 @@ A row is one reconstruction. Nothing here draws, prints or chooses a device.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
+from safetensors import safe_open
 from scipy import stats
 from torch import Tensor
 
-from . import errors, files
+from . import __version__, cluster, errors, files
 from .fourier import crop
+from .methods import load
 from .methods.base import Dial, Reconstructor, prepare, reconstruct
 from .metrics import known, score, shown
 from .scan import Scan
@@ -40,6 +48,7 @@ __all__ = [
     "csv_text",
     "dial_curve",
     "evaluate",
+    "fingerprint",
     "grid",
     "heading",
     "markdown",
@@ -68,21 +77,28 @@ class Case:
         reference: the truth, real or complex `(B, H, W)` in the units of the scan, or None: unknown. A reference
             smaller than the image is compared with the image's centre, as fastMRI does.
         labels: what to group tables by, e.g. mask, acceleration, data set.
+        source: makes this case again on another machine, from paths; None: the data themselves travel there.
     """
 
     name: str
     scan: Scan
     reference: Tensor | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    source: Callable[[], Case] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """A method with the setting it is judged at; dials not named take the method's own suggestion."""
+    """A method with the setting it is judged at; dials not named take the method's own suggestion.
+
+    Arguments:
+        source: what `load` makes the model of on another machine; "": the weights themselves travel there.
+    """
 
     name: str
     model: Reconstructor
     dials: Setting = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +161,8 @@ def grid(dial: Dial, n: int, start: float | None = None, stop: float | None = No
     """
     if dial.choices:
         return list(dial.choices)
-    if n < 1:
-        raise errors.BadOption(f"found {n} points, expected at least 1", key="grid")
+    if not 1 <= n <= 100_000:
+        raise errors.BadOption(f"found {n} points, expected 1 to 100000", key="grid")
     lo = float(dial.check("grid", dial.lo if start is None else start))
     hi = float(dial.check("grid", dial.hi if stop is None else stop))
     if n == 1:
@@ -159,8 +175,8 @@ def grid(dial: Dial, n: int, start: float | None = None, stop: float | None = No
 
 
 def sweep(
-    scan: Scan,
-    model: Reconstructor,
+    scan: Scan | Case,
+    model: Reconstructor | Contestant,
     settings: Grid | int | None = None,
     *,
     reference: Tensor | None = None,
@@ -168,12 +184,15 @@ def sweep(
     csm: str = "espirit",
     progress: Callable[[int, int], None] | None = None,
     keep_images: bool = True,
+    keep: Path | None = None,
+    executor: Executor | None = None,
     **dials: float | str | Sequence[float | str],
 ) -> list[Row]:
     """Reconstruct one scan along its dials: one row per setting, every combination of several dials.
 
     Arguments:
-        scan, model: as for `reconstruct`; coil maps are estimated once, not once per setting.
+        scan, model: as for `reconstruct`, or as a `Case` and a `Contestant`, which say where they come from; coil maps
+            are estimated once, not once per setting.
         settings: dial → a number of points (int), the values (a list), or one fixed value; an int alone is
             the number of points on the model's first dial; None with no `dials` either means 21 of these.
         reference: as in `Case`; without one there are no metrics, only the data residual.
@@ -181,6 +200,7 @@ def sweep(
         csm: how to estimate coil maps where the scan has none.
         progress: called with (done, total) after each.
         keep_images: False drops the images, where the grid is large.
+        keep, executor: as for `evaluate`.
         **dials: the same as `settings`, as keywords: `sweep(scan, model, ssim=21)`.
 
     Returns:
@@ -191,11 +211,15 @@ def sweep(
     """
     if settings is None and not dials:
         settings = 21
+    at = model if isinstance(model, Contestant) else Contestant(name=type(model).__name__, model=model)
     if isinstance(settings, int):
-        settings = {next(iter(model.dials)): settings} if model.dials else {}
-    contestants = along(Contestant(name=type(model).__name__, model=model), {**(settings or {}), **dials})
-    case = Case(name="scan", scan=scan, reference=reference)
-    rows = evaluate(contestants, [case], metrics=metrics, csm=csm, keep_images=keep_images, progress=progress)
+        settings = {next(iter(at.model.dials)): settings} if at.model.dials else {}
+    contestants = along(at, {**(settings or {}), **dials})
+    case = scan if isinstance(scan, Case) else Case(name="scan", scan=scan, reference=reference)
+    rows = evaluate(
+        contestants, [case], metrics=metrics, csm=csm, keep_images=keep_images, progress=progress, keep=keep,
+        executor=executor,
+    )  # fmt: skip
     return [replace(row, labels={}) for row in rows]
 
 
@@ -231,6 +255,8 @@ def evaluate(
     keep_images: bool = False,
     progress: Callable[[int, int], None] | None = None,
     on_error: Callable[[Case, errors.TunemriError], None] | None = None,
+    keep: Path | None = None,
+    executor: Executor | None = None,
 ) -> list[Row]:
     """Every contestant on every case: one row each, all contestants on the very same data.
 
@@ -244,20 +270,34 @@ def evaluate(
         progress: called with (done, total) after each row; total is 0 where `cases` has no length.
         on_error: called for a case that cannot be reconstructed or compared, which is then left out for *all*
             contestants, so that tables stay paired; None raises.
+        keep: an existing folder that keeps every finished row: the same call, stopped at any moment, goes on from there
+            and ends with the same rows. None keeps nothing.
+        executor: of `cluster.workers`: the same rows, made elsewhere; None makes them here.
 
     Raises:
         BadOption: an unknown metric; and as `reconstruct`.
     """
     for name in metrics:
         known(name)
+    if executor is not None:
+        asked = _Asked(metrics=tuple(metrics), csm=csm, keep_images=keep_images)
+        return _spread(contestants, list(cases), asked, executor, progress, on_error, keep)
     total = len(contestants) * len(cases) if isinstance(cases, Sequence) else 0
     rows: list[Row] = []
     for i, case in enumerate(cases):
         rows_of_case = []
         try:
             case = _with_maps(case, csm)
+            mark = "" if keep is None else fingerprint([csm, list(metrics), keep_images], None, [case])
             for j, contestant in enumerate(contestants):
-                rows_of_case.append(_row(contestant, case, metrics, keep_images))
+                if keep is None:
+                    rows_of_case.append(_row(contestant, case, metrics, keep_images))
+                else:
+                    file = _part_file(keep, mark, contestant, case)
+                    if (row := _kept(file)) is None:
+                        row = _row(contestant, case, metrics, keep_images)
+                        _keep(row, file)
+                    rows_of_case.append(row)
                 if progress is not None:
                     progress(i * len(contestants) + j + 1, total)
         except errors.TunemriError as error:
@@ -267,6 +307,100 @@ def evaluate(
             continue
         rows += rows_of_case
     return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is wanted of every case."""
+
+    metrics: tuple[str, ...]
+    csm: str
+    keep_images: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some settings on one case: what travels to a worker."""
+
+    case: Case | Callable[[], Case]
+    settings: tuple[tuple[str, str | Reconstructor, str, Setting], ...]  # name, model or its source, fingerprint, dials
+    asked: _Asked
+
+
+def _spread(
+    contestants: Sequence[Contestant],
+    cases: Sequence[Case],
+    asked: _Asked,
+    executor: Executor,
+    progress: Callable[[int, int], None] | None,
+    on_error: Callable[[Case, errors.TunemriError], None] | None,
+    keep: Path | None,
+) -> list[Row]:
+    """`evaluate` on the workers of an executor: the same rows, in the same order."""
+    models = {id(c.model): fingerprint(None, c.model) for c in contestants}
+    todo = [(i, j) for i in range(len(cases)) for j in range(len(contestants))]
+    found: dict[tuple[int, int], Row] = {}
+    places: dict[tuple[int, int], Path] = {}
+    if keep is not None:
+        marks = [fingerprint([asked.csm, list(asked.metrics), asked.keep_images], None, [case]) for case in cases]
+        places = {(i, j): _part_file(keep, marks[i], contestants[j], cases[i]) for i, j in todo}
+        found = {at: row for at, file in places.items() if (row := _kept(file)) is not None}
+    # Parts large enough to pay for the journey, and enough of them that nobody waits for the last.
+    size = max(1, min(8, len(todo) // 32))
+    parts = []
+    for i in range(len(cases)):
+        missing = [(i, j) for j in range(len(contestants)) if (i, j) not in found]
+        parts += [missing[k : k + size] for k in range(0, len(missing), size)]
+    units = [
+        _Part(
+            case=cases[part[0][0]].source or cases[part[0][0]], asked=asked,
+            settings=tuple((c.name, c.source or c.model, models[id(c.model)], c.dials) for _, j in part for c in [contestants[j]]),
+        )
+        for part in parts
+    ]  # fmt: skip
+    failed: dict[int, errors.TunemriError] = {}
+    for n, outcome in cluster.each(_judge, units, executor):
+        if isinstance(outcome, Exception):
+            if on_error is None or not isinstance(outcome, errors.TunemriError):
+                raise outcome
+            failed.setdefault(parts[n][0][0], outcome)
+            continue
+        for at, row in zip(parts[n], outcome, strict=True):
+            found[at] = row
+            if keep is not None:
+                _keep(row, places[at])
+        if progress is not None:
+            progress(len(found), len(todo))
+    if on_error is not None:
+        for i in sorted(failed):
+            on_error(cases[i], failed[i])
+    return [found[i, j] for i, j in todo if i not in failed]
+
+
+def _judge(part: _Part) -> list[Row]:
+    """The rows of a part, on a worker."""
+    case = part.case if isinstance(part.case, Case) else _made(part.case, part.asked.csm)
+    contestants = [
+        Contestant(name=name, model=_loaded(model, digest) if isinstance(model, str) else model, dials=dials)
+        for name, model, digest, dials in part.settings
+    ]
+    asked = part.asked
+    return evaluate(contestants, [case], metrics=asked.metrics, csm=asked.csm, keep_images=asked.keep_images)
+
+
+@lru_cache(maxsize=8)
+def _made(source: Callable[[], Case], csm: str) -> Case:
+    return _with_maps(source(), csm)
+
+
+@lru_cache(maxsize=8)
+def _loaded(source: str, digest: str) -> Reconstructor:
+    model = load(source)
+    if fingerprint(None, model) != digest:
+        raise errors.WrongModel(
+            "not the weights that were named", file=source, key="cluster", help="workers must see the same files"
+        )
+    return model
 
 
 def _with_maps(case: Case, csm: str) -> Case:
@@ -296,6 +430,54 @@ def _row(contestant: Contestant, case: Case, metrics: Sequence[str], keep_image:
     )
 
 
+def _part_file(keep: Path, mark: str, contestant: Contestant, case: Case) -> Path:
+    asked = [mark, contestant.name, contestant.dials, case.labels]
+    return keep / f"part-{fingerprint(asked, contestant.model)}.safetensors"
+
+
+def _keep(row: Row, file: Path) -> None:
+    about = {name: getattr(row, name) for name in ("labels", "dials", "metrics", "residual", "seconds", "status")}
+    with files.write_atomically(file, overwrite=True) as temporary:
+        tensors = {} if row.image is None else {"image": row.image.contiguous()}
+        temporary.write_bytes(safetensors.torch.save(tensors, {"row": json.dumps(about)}))
+
+
+def _kept(file: Path) -> Row | None:
+    """The row in a file of `_keep`; None where there is none, or none that can be read."""
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as f:
+            image = f.get_tensor("image") if "image" in f.keys() else None  # noqa: SIM118 (not a mapping)
+            return Row(image=image, **json.loads(f.metadata()["row"]))
+    except Exception as error:
+        errors.warn(f"{file}: damaged ({error}): done again", "unreadable_file")
+        return None
+
+
+def fingerprint(plan: Any, model: Reconstructor | None = None, cases: Sequence[Case] = ()) -> str:
+    """What results depend on, in 64 characters: a JSON-ready plan, the weights of a model, the data of cases."""
+    about = [__version__, plan]
+    if model is not None:
+        about += [type(model).__name__, dict(model.arguments)]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items() if model is not None else ():
+        _add(digest, name, weight)
+    for case in cases:
+        scan = case.scan
+        digest.update(repr((case.name, scan.noise_std, scan.image_shape)).encode())
+        fields = (scan.kspace, scan.mask, scan.trajectory, scan.csm, scan.scale, case.reference)
+        for name, x in zip(("kspace", "mask", "trajectory", "csm", "scale", "reference"), fields, strict=True):
+            if x is not None:
+                _add(digest, name, x)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, x: Tensor) -> None:
+    digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+    digest.update(x.detach().cpu().contiguous().numpy().tobytes())
+
+
 def choose_by_reference(rows: Sequence[Row], metric: str = "psnr") -> Row:
     """The row with the best metric.
 
@@ -312,7 +494,7 @@ def choose_by_reference(rows: Sequence[Row], metric: str = "psnr") -> Row:
 
 def tune(
     cases: Sequence[Case],
-    model: Reconstructor,
+    model: Reconstructor | Contestant,
     metric: str = "psnr",
     *,
     dial: str | None = None,
@@ -320,6 +502,8 @@ def tune(
     rounds: int = 3,
     fixed: Setting | None = None,
     csm: str = "espirit",
+    keep: Path | None = None,
+    executor: Executor | None = None,
 ) -> Tuned:
     """The setting of one dial that is best on average over some cases: a grid, then finer ones around its best.
 
@@ -327,20 +511,22 @@ def tune(
 
     Arguments:
         cases: with references.
-        model: any method with a numeric dial.
+        model: any method with a numeric dial, or a `Contestant`, which says where it comes from.
         metric: a key of METRICS.
         dial: which; None takes the model's first.
         points: settings per round, at least 3.
         rounds: 1 is the plain grid; each further one shrinks the interval by (points - 1) / 2.
         fixed: values of the other dials.
         csm: how to estimate coil maps where a scan has none.
+        keep, executor: as for `evaluate`.
 
     Raises:
         BadOption: no such dial or metric, a dial without a range, fewer than 3 points.
         NoData: no case, or one without reference.
     """
     better = max if known(metric).higher_is_better else min
-    dials = model.dials
+    contestant = model if isinstance(model, Contestant) else Contestant(name="", model=model)
+    dials = contestant.model.dials
     name = dial if dial is not None else next(iter(dials), "")
     if name not in dials or dials[name].choices:
         raise errors.BadOption("no such dial with a range", key=name or "dial", help=errors.did_you_mean(name, dials))
@@ -348,16 +534,17 @@ def tune(
         raise errors.BadOption(f"found {points} points in {rounds} rounds, expected at least 3 in 1", key="tune")
     if not cases or any(case.reference is None for case in cases):
         raise errors.NoData("tuning needs at least one case, each with a reference", key="reference")
-    cases = [_with_maps(case, csm) for case in cases]
+    if executor is None:
+        cases = [_with_maps(case, csm) for case in cases]
     full = dials[name]
     tried: dict[float, float] = {}
     best, lo, hi = full.lo, full.lo, full.hi
     for _ in range(rounds):
-        for value in (float(v) for v in grid(full, points, lo, hi)):
-            if value not in tried:
-                at = Contestant(name=name, model=model, dials={**(fixed or {}), name: value})
-                rows = evaluate([at], cases, metrics=[metric])
-                tried[value] = statistics.fmean(row.metrics[metric] for row in rows)
+        new = [value for v in grid(full, points, lo, hi) if (value := float(v)) not in tried]
+        at = [replace(contestant, name=name, dials={**contestant.dials, **(fixed or {}), name: value}) for value in new]
+        rows = evaluate(at, cases, metrics=[metric], csm=csm, keep=keep, executor=executor)
+        for k, value in enumerate(new):
+            tried[value] = statistics.fmean(row.metrics[metric] for row in rows[k :: len(new)])
         ordered = sorted(tried)
         best = better(ordered, key=lambda v: tried[v])
         i = ordered.index(best)

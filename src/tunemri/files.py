@@ -2,25 +2,29 @@
 
 Before a library sees a file, three questions are answered here: may it be opened at all (`check`), what do its
 bytes say it is (`sniff`), and how much memory does it claim (`check_declared`). HDF5 gets a section of its own,
-because it alone can point into other files. Every output goes through `write_atomically`.
+because it alone can point into other files. Every output goes through `write_atomically`; what belongs together
+appears together, its record (.json) last: where the record lies, the output is whole and is the one that it tells of.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import gzip
 import hashlib
+import json
 import math
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +40,7 @@ __all__ = [
     "check_declared",
     "check_target",
     "check_unchanged",
+    "claimed",
     "environment_error",
     "hdf5_array",
     "hdf5_attribute",
@@ -48,8 +53,10 @@ __all__ = [
     "same_file",
     "sha256",
     "sniff",
+    "unfinished",
     "write_atomically",
     "write_folder_atomically",
+    "write_with_record",
 ]
 
 StrPath = str | os.PathLike[str]
@@ -513,7 +520,8 @@ def write_atomically(path: StrPath, *, overwrite: bool = False) -> Iterator[Path
 
     The temporary file is in the same folder (a rename across disks is a copy, which a full disk interrupts), keeps
     the suffix (libraries choose the format by it), and is flushed to the disk before the rename. Whatever goes
-    wrong, an earlier `path` stays as it was and no temporary file is left.
+    wrong, an earlier `path` stays as it was and no temporary file is left; what a killed process left in the folder is
+    removed by the next one that writes there.
 
     Raises:
         BadOption: it exists and `overwrite` is False, or is no ordinary file; with exit status 3 where the
@@ -524,7 +532,7 @@ def write_atomically(path: StrPath, *, overwrite: bool = False) -> Iterator[Path
     check_target(final, overwrite=overwrite)
     # A short name of its own: a file name may already be as long as the system allows.
     suffix = "".join(s for s in final.suffixes[-2:] if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", s))
-    temporary = final.parent / f".tunemri-{secrets.token_hex(8)}{suffix}"
+    temporary = _temporary(final.parent, suffix)
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
@@ -541,6 +549,40 @@ def write_atomically(path: StrPath, *, overwrite: bool = False) -> Iterator[Path
         raise ours from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_PROCESS = secrets.token_hex(4)  # tells this process from an earlier one with its number
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _temporary(folder: Path, suffix: str = "") -> Path:
+    """A name for what is not finished; names of that kind whose makers were killed are removed first."""
+    for entry in folder.glob(".tunemri-*-*-*-*"):
+        machine, pid, process = entry.name.split("-")[1:4]
+        if machine != _machine() or not pid.isdecimal():
+            continue  # of another machine: we cannot know whether it still writes
+        # In a container a restarted command has the number of the one that was killed: our own.
+        if process != _PROCESS if int(pid) == os.getpid() else not _alive(int(pid)):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    entry.unlink()
+    return folder / f".tunemri-{_machine()}-{os.getpid()}-{_PROCESS}-{secrets.token_hex(4)}{suffix}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return pid > 0
 
 
 def check_target(path: StrPath, *, overwrite: bool = False) -> None:
@@ -631,34 +673,151 @@ def make_folder(path: StrPath) -> Path:
 def write_folder_atomically(path: StrPath, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`; at the end of the block its files appear in `path`, all of them or none.
 
-    Files of `path` that the block does not write stay as they are, with `overwrite` too.
+    Files of `path` that the block does not write stay as they are, with `overwrite` too. A kill while files are being
+    replaced leaves a folder without its record, see `_move_into`.
 
     Raises:
         BadOption: the folder exists and is not empty, and `overwrite` is False. NoSpace: as in `write_atomically`.
     """
     final = Path(path)
-    if final.exists() and not final.is_dir():
-        raise errors.BadOption("exists and is not a folder", file=final, help="name another folder")
-    if final.is_dir() and any(final.iterdir()) and not overwrite:
-        raise errors.BadOption("exists already", file=final, help="choose another name or give --overwrite")
+
+    def check() -> None:
+        if final.exists() and not final.is_dir():
+            raise errors.BadOption("exists and is not a folder", file=final, help="name another folder")
+        if final.is_dir() and any(final.iterdir()) and not overwrite:
+            raise errors.BadOption("exists already", file=final, help="choose another name or give --overwrite")
+
+    check()
     parent = make_folder(final.absolute().parent)
-    temporary = parent / f".tunemri-{secrets.token_hex(8)}"
-    try:
-        temporary.mkdir()
+    with _made_aside(parent, final) as temporary:
         yield temporary
+        check()  # somebody may have been quicker
         if not final.exists():
             os.replace(temporary, final)
         else:
-            for made in sorted(temporary.rglob("*")):
-                target = final / made.relative_to(temporary)
-                if made.is_dir():
-                    target.mkdir(exist_ok=True)
-                else:
-                    os.replace(made, target)
+            _move_into(temporary, final)
         _flush(parent)
+
+
+@contextmanager
+def write_with_record(path: StrPath, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path`; at the end of the block its files appear beside `path`, all of them or none.
+
+    For an output with its record: the block writes both under their final names into the folder.
+
+    Raises:
+        BadOption: one of the files exists and `overwrite` is False. NoSpace: as in `write_atomically`.
+    """
+    final = Path(path)
+    check_target(final, overwrite=overwrite)
+    with _made_aside(final.parent, final) as temporary:
+        try:
+            yield temporary
+        except errors.TunemriError as e:
+            if e.file is not None and Path(e.file).parent == temporary:
+                e.file = final.parent / Path(e.file).name  # what the user calls it
+            raise
+        for made in temporary.iterdir():
+            check_target(final.parent / made.name, overwrite=overwrite)
+        _move_into(temporary, final.parent)
+
+
+@contextmanager
+def _made_aside(parent: Path, final: Path) -> Iterator[Path]:
+    temporary = _temporary(parent)
+    try:
+        temporary.mkdir()
+        yield temporary
     except OSError as e:
         if (ours := environment_error(e, final)) is None:
             raise
         raise ours from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into(temporary: Path, final: Path) -> None:
+    """Move every file, its records last. A record that is replaced goes first: a kill in between leaves an output
+    without a record, never one with the record of another."""
+    made = sorted(path.relative_to(temporary) for path in temporary.rglob("*"))
+    records = [path for path in made if path.suffix == ".json"]
+    for path in records:
+        (final / path).unlink(missing_ok=True)
+    for path in [path for path in made if path not in records] + records:
+        if (temporary / path).is_dir():
+            (final / path).mkdir(exist_ok=True)
+        else:
+            os.replace(temporary / path, final / path)
+    _flush(final)
+
+
+# ---------------------------------------------------------------- long work
+
+
+@contextmanager
+def claimed(folder: StrPath, doing: str) -> Iterator[None]:
+    """Hold a folder: a second process is refused; the claim of a dead process of this machine is taken over.
+
+    Arguments:
+        doing: what the holder does there, for the message: "training".
+
+    Raises:
+        Busy: somebody else holds it.
+    """
+    lock = Path(folder) / "lock.json"
+    mine: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+    while True:
+        try:
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            try:
+                holder = json.loads(lock.read_text())
+                # In a container a restarted run has the number of the one that was killed: our own.
+                alive = int(holder["pid"]) != mine["pid"] and _alive(int(holder["pid"]))
+                gone = holder["host"] == mine["host"] and not alive
+            except (OSError, ValueError, TypeError, KeyError):
+                holder, gone = {"pid": "?", "host": "?"}, False  # not written yet, or not by us: leave it alone
+            if not gone:
+                raise errors.Busy(
+                    f"process {holder['pid']} on {holder['host']} is {doing} here", file=folder,
+                    help=f"wait for it, or remove {lock.name} if it is gone",
+                ) from None  # fmt: skip
+            lock.unlink(missing_ok=True)
+    try:
+        with os.fdopen(handle, "w") as f:
+            json.dump(mine, f)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished(path: StrPath, doing: str) -> Iterator[Path]:
+    """`PATH.unfinished`, a folder for the parts (`part-*`) of an output that takes long, held by one process.
+
+    The same command finds there what an interrupted or killed one had finished. It is gone once the block ends; an
+    error removes only what this block made.
+
+    Raises:
+        Busy: another process is making the same output.
+    """
+    final = Path(path).absolute()
+    folder = make_folder(final.with_name(final.name + ".unfinished"))
+    try:
+        with claimed(folder, doing):
+            earlier = set(folder.glob("part-*"))
+            try:
+                yield folder
+            except Exception:
+                _remove(set(folder.glob("part-*")) - earlier)
+                raise
+            _remove(folder.glob("part-*"))
+    finally:
+        with suppress(OSError):  # not empty: kept, held by another, or somebody keeps something else there
+            folder.rmdir()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

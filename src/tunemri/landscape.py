@@ -3,6 +3,7 @@
     landscape         settings × scans → values, range curve, far pair    area_above   which share of settings is good
     interpolate       dedicated networks on the grid of a landscape       histogram    what data-driven sampling trained on
     self_consistency  losses over (asked, used) settings                  dice_along   segmentation against the dial
+    energy_surface    the valley in which images of a prior lie, without any data
 
 Images are judged one at a time and thrown away, so that memory does not grow with the grid, and a long run can be
 stopped and taken up again. Where images are compared with each other, they are magnitudes over the maximum of the reference.
@@ -14,9 +15,7 @@ with Hypernetworks" (2021); "Computing Multiple Image Reconstructions with a Sin
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from scipy.interpolate import griddata
 from torch import Tensor
 
 from . import errors, files, losses
-from .evaluation import Case, Row, grid
+from .evaluation import Case, Row, fingerprint, grid
 from .fourier import crop
 from .methods import METHODS
 from .methods.base import Dial, Reconstructor, prepare, reconstruct
@@ -43,8 +42,10 @@ __all__ = [
     "Consistency",
     "FarPair",
     "Landscape",
+    "Surface",
     "area_above",
     "dice_along",
+    "energy_surface",
     "histogram",
     "interpolate",
     "landscape",
@@ -212,7 +213,7 @@ def landscape(
         "model": type(model).__name__, "arguments": dict(model.arguments), "axes": axes, "fixed": fixed,
         "metric": metric, "bounds": bounds, "far": far, "csm": csm, "cases": [case.name for case in cases],
     }  # fmt: skip
-    identity = "" if file is None else _identity(model, cases, plan)
+    identity = "" if file is None else fingerprint(plan, model, cases)
     state = None if file is None else _restore(Path(file), identity)
     if state is None:
         state = {
@@ -348,7 +349,7 @@ def _bench(model: Reconstructor, case: Case, fixed: Setting, metric: str, csm: s
     with torch.no_grad():
         for b in range(len(ready)):
             y, A_b = ready.kspace[b : b + 1], A.sample(b)
-            slices.append((y, A_b, model.suggest(y, A_b) | fixed))
+            slices.append((y, A_b, model.suggest(y, A_b) | fixed | model.knows(ready, b)))
     draw = torch.Generator().manual_seed(0)
     return _Bench(
         model=model,
@@ -409,26 +410,6 @@ def _promising(good: Tensor, sketch: Tensor) -> list[int]:
         if len(chosen) <= _VERIFIED - 2:
             chosen |= {int(good[a]): None, int(good[b]): None}
     return sorted(chosen)
-
-
-def _identity(model: Reconstructor, cases: Sequence[Case], plan: Mapping[str, Any]) -> str:
-    """What the numbers depend on, as a fingerprint."""
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode())
-    for name, weight in model.state_dict().items():
-        _add(digest, name, weight)
-    for case in cases:
-        scan = case.scan
-        digest.update(repr((case.name, scan.noise_std, scan.image_shape)).encode())
-        fields = (scan.kspace, scan.mask, scan.trajectory, scan.csm, scan.scale, case.reference)
-        for name, x in zip(("kspace", "mask", "trajectory", "csm", "scale", "reference"), fields, strict=True):
-            if x is not None:
-                _add(digest, name, x)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, x: Tensor) -> None:
-    digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-    digest.update(x.detach().cpu().contiguous().numpy().tobytes())
 
 
 def _keep(path: Path, identity: str, state: Mapping[str, Tensor]) -> None:
@@ -668,6 +649,83 @@ def dice_along(
         more = {f"dice_{c}": value for c, value in overlap.items()}
         found.append(replace(row, metrics={**row.metrics, **more, "dice": sum(overlap.values()) / len(overlap)}))
     return found
+
+
+# ---------------------------------------------------------------- the energy of a prior, without data
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Surface:
+    """An energy on the plane in which a path of images moves most.
+
+    Arguments:
+        origin: mean of the path, `(*)`.
+        directions: `(2, *)`, orthonormal: the first two principal components of the path.
+        share: `(2,)`, of the path's variance along each.
+        a, b: coordinates of the grid `(n,)` along each.
+        energy: `(n, n)` double, at origin + a_i directions[0] + b_j directions[1].
+        path: `(states, 2)`, coordinates of the path.
+    """
+
+    origin: Tensor
+    directions: Tensor
+    share: Tensor
+    a: Tensor
+    b: Tensor
+    energy: Tensor
+    path: Tensor
+
+    def records(self) -> list[dict[str, float]]:
+        """Flat and JSON-ready: the grid."""
+        return [
+            {"a": float(a), "b": float(b), "energy": float(self.energy[i, j])}
+            for (i, a), (j, b) in itertools.product(enumerate(self.a), enumerate(self.b))
+        ]
+
+
+@torch.no_grad()
+def energy_surface(
+    energy: Callable[[Tensor], Tensor], states: Tensor, *, points: int = 41, margin: float = 0.25, batch: int = 16
+) -> Surface:
+    """The energy around a path, a Langevin trajectory say, on the plane of its first two principal components.
+
+    Arguments:
+        energy: images `(B, *)` ↦ `(B,)`.
+        states: the path, `(N, *)`, real or complex, N ≥ 3.
+        points: of the grid along each component.
+        margin: how far the grid goes beyond the path, over its extent.
+        batch: images whose energy is asked for at once.
+
+    Raises:
+        NoData: fewer than three states, or all on one line.
+
+    Source: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023).
+    """
+    flat = (torch.view_as_real(states.resolve_conj()) if states.is_complex() else states).flatten(1).double()
+    mean = flat.mean(0)
+    moved = flat - mean
+    # The small matrix of inner products has the same spectrum as the covariance of all pixels.
+    variance, vectors = torch.linalg.eigh(moved @ moved.T)
+    if len(flat) < 3 or variance[-2] <= 1e-12 * variance[-1]:
+        raise errors.NoData(f"{len(flat)} states that span no plane", key="states", help="a longer path")
+    directions = (vectors[:, [-1, -2]].T @ moved) / variance[[-1, -2], None].sqrt()
+    path = moved @ directions.T
+
+    def picture(rows: Tensor) -> Tensor:
+        rows = rows.to(flat.dtype).reshape(-1, *states.shape[1:], *([2] if states.is_complex() else []))
+        return (torch.view_as_complex(rows.contiguous()) if states.is_complex() else rows).to(states.dtype)
+
+    reach = margin * (path.amax(0) - path.amin(0))
+    a, b = (
+        torch.linspace(float(lo), float(hi), points, dtype=torch.float64, device=flat.device)
+        for lo, hi in zip(path.amin(0) - reach, path.amax(0) + reach, strict=True)
+    )
+    plane = mean + torch.cartesian_prod(a, b) @ directions
+    values = torch.cat([energy(picture(rows)).double() for rows in plane.split(batch)])
+    return Surface(
+        origin=picture(mean[None])[0], directions=picture(directions), share=variance[[-1, -2]] / variance.sum(),
+        a=a, b=b, energy=values.reshape(points, points), path=path,
+    )  # fmt: skip
 
 
 def _json_ready(value: float) -> float | None:

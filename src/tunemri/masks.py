@@ -25,9 +25,12 @@ from . import errors
 
 __all__ = [
     "MASKS",
+    "TASKS",
     "cartesian_equispaced",
     "cartesian_random",
+    "centre",
     "describe",
+    "full",
     "gaussian",
     "make_mask",
     "options",
@@ -403,6 +406,45 @@ def random(shape: Shape, acceleration: float, *, seed: int = 0) -> Tensor:
     return _tensor(mask)
 
 
+def full(shape: Shape, acceleration: float = 1.0, *, seed: int = 0) -> Tensor:
+    """All of k-space, whatever the acceleration: what is left to do is to remove noise.
+
+    Arguments:
+        shape: `(H, W)` of the grid.
+        acceleration, seed: of no effect.
+
+    Returns:
+        mask `(H, W)`.
+
+    Raises:
+        BadOption: an argument out of range.
+    """
+    _count(shape, acceleration)
+    return torch.ones(shape)
+
+
+def centre(shape: Shape, acceleration: float, *, seed: int = 0) -> Tensor:
+    """A central block alone, as of a smaller matrix: what is left to do is superresolution, 16× for 4 along each axis.
+
+    Arguments:
+        shape: `(H, W)` of the grid.
+        acceleration: grid points per sampled point, ≥ 1.
+        seed: of no effect.
+
+    Returns:
+        mask `(H, W)`.
+
+    Raises:
+        BadOption: an argument out of range.
+    """
+    _count(shape, acceleration)
+    mask = torch.zeros(shape)
+    rows, columns = (max(1, round(n / math.sqrt(acceleration))) for n in shape)
+    top, left = shape[0] // 2 - rows // 2, shape[1] // 2 - columns // 2
+    mask[top : top + rows, left : left + columns] = 1
+    return mask
+
+
 MASKS: dict[str, Callable[..., Tensor]] = {
     "poisson": poisson,
     "cartesian-random": cartesian_random,
@@ -414,12 +456,15 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     "random": random,
 }
 
+# For tasks other than compressed sensing: nothing random about them, and one has no acceleration.
+TASKS: dict[str, Callable[..., Tensor]] = {"full": full, "centre": centre}
+
 
 def make_mask(name: str, shape: Shape, acceleration: float, *, seed: int = 0, **options: Any) -> Tensor:
     """The mask of the family called `name`, with that family's own options.
 
     Arguments:
-        name: a key of `MASKS`.
+        name: a key of `MASKS` or of `TASKS`.
         shape: `(H, W)` of the grid.
         acceleration: grid points per sampled point, ≥ 1.
         seed: ≥ 0.
@@ -442,7 +487,7 @@ def make_mask(name: str, shape: Shape, acceleration: float, *, seed: int = 0, **
             )
     mask = family(shape, acceleration, seed=seed, **options)
     measured = mask.numel() / float(mask.sum())
-    if not 0.8 <= measured / acceleration <= 1.25:
+    if name != "full" and not 0.8 <= measured / acceleration <= 1.25:
         raise errors.BadOption(
             f"a {name} mask of {shape[0]}×{shape[1]} cannot have {acceleration:g}, the nearest is {measured:.3g}",
             key="acceleration",
@@ -467,11 +512,12 @@ def _options(name: str) -> dict[str, Any]:
 
 
 def _family(name: str) -> Callable[..., Tensor]:
-    if name not in MASKS:
+    known = MASKS | TASKS
+    if name not in known:
         raise errors.BadOption(
-            f"no mask family is called {name!r}", key="mask", help=errors.did_you_mean(str(name), MASKS)
+            f"no mask family is called {name!r}", key="mask", help=errors.did_you_mean(str(name), known)
         )
-    return MASKS[name]
+    return known[name]
 
 
 def _count(shape: Shape, acceleration: float) -> int:

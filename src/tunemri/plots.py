@@ -30,7 +30,7 @@ from . import errors, files
 from .evaluation import Row, csv_text, heading
 from .evaluation import dial_curve as curve_of
 from .fourier import crop
-from .landscape import Consistency, FarPair, Landscape, area_above
+from .landscape import Consistency, FarPair, Landscape, Surface, area_above
 from .methods.base import Dial
 from .metrics import METRICS, known, shown
 
@@ -48,6 +48,7 @@ __all__ = [
     "landscape",
     "range_curves",
     "strip",
+    "surface",
     "window",
 ]
 
@@ -622,6 +623,37 @@ def dice_curve(rows: Sequence[Row], dial: str, *, about: Dial | None = None) -> 
         axes.legend()
         _settle(figure)
     return Plot(figure=figure, data=data)
+
+
+def surface(found: Surface, *, title: str = "") -> Plot:
+    """An energy on a plane, with the path that defined it: from the open circle to the full one.
+
+    Arguments:
+        found: from `landscape.energy_surface`.
+    """
+    energy, path = found.energy.cpu().numpy(), found.path.cpu().numpy()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(False)
+        a, b = found.a.cpu().numpy(), found.b.cpu().numpy()
+        # Far from the path an energy grows without bound; the valley is what there is to see.
+        top = float(np.quantile(energy, 0.9))
+        picture = axes.pcolormesh(a, b, energy.T, cmap="cividis_r", vmax=top, shading="nearest", rasterized=True)
+        figure.colorbar(picture, ax=axes, label="energy", extend="max")
+        levels = np.linspace(float(energy.min()), top, 9)[1:]
+        if levels[0] < levels[-1]:
+            axes.contour(a, b, energy.T, levels=levels, colors=INK, linewidths=0.5, linestyles="solid", alpha=0.5)
+        axes.plot(*path.T, "-", color=ACCENT, lw=0.9, alpha=0.9)
+        axes.plot(*path[0], "o", ms=7, mfc="none", mec=ACCENT, mew=1.5)
+        axes.plot(*path[-1], "o", ms=7, mfc=ACCENT, mec=GROUND)
+        first, second = (f"{100 * float(share):.0f} %" for share in found.share)
+        axes.set(
+            xlabel=f"first component ({first} of the variance)", ylabel=f"second component ({second})",
+            title=_plain(title),
+        )  # fmt: skip
+        _settle(figure)
+    return Plot(figure=figure, data=found.records())
 
 
 def _heading(metric: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,17 @@ from . import errors
 from .fourier import ifft2
 from .nufft import calibration_block
 
-__all__ = ["Geometry", "Reconstruction", "Scan", "check_finite", "measured_acceleration", "normalise", "select"]
+__all__ = [
+    "Geometry",
+    "Reconstruction",
+    "Scan",
+    "check_finite",
+    "joined",
+    "measured_acceleration",
+    "normalise",
+    "select",
+    "without_image",
+]
 
 _COMPLEX = (torch.complex64, torch.complex128)
 
@@ -25,7 +35,8 @@ class Geometry:
 
     Arguments:
         voxel_size: `(row, column, slice)` spacing in mm, or None when the header does not say.
-        affine: 4×4 array index `(row, column, slice)` → patient RAS in mm, nested tuples, or None: unknown.
+        affine: 4×4 array index `(row, column, slice)` → patient RAS in mm, nested tuples, or None: unknown. Without a step
+            from slice to slice (third column zero) all images lie in one place: echoes of one slice.
     """
 
     voxel_size: tuple[float, float, float] | None = None
@@ -71,6 +82,13 @@ class Scan:
                 f"found {found}, expected a complex64 or complex128 tensor", key="kspace",
                 help="join real and imaginary parts with torch.complex; half precision loses the dynamic range of k-space",
             )  # fmt: skip
+        for name in ("mask", "trajectory", "csm", "scale"):
+            if not isinstance(value := getattr(self, name), Tensor | None):
+                raise errors.UnsupportedLayout(
+                    f"found {type(value).__name__}, expected a tensor",
+                    key=name,
+                    help="torch.from_numpy makes one of an array",
+                )
         cartesian = self.trajectory is None
         if k.ndim != (4 if cartesian else 3):
             layout = "(slices, coils, rows, columns)" if cartesian else "(slices, coils, samples) with a trajectory"
@@ -192,24 +210,66 @@ class Reconstruction:
         image: complex `(B, H, W)`, in the units of the k-space that it was made from.
         csm: the maps used, `(B or 1, C, H, W)`, or None.
         variance: pixelwise posterior variance `(B, H, W)`, or None where a method has none.
+        samples: a few draws from the posterior, complex `(B, S, H, W)`, or None where a method has none.
         status: "converged", or a sentence that says why not.
         stats: numbers worth reporting (iterations, objective, …), JSON-ready.
         dials: the settings used, name → number.
         residual: `(B,)` data-consistency residual ‖A x̂ - y‖ / ‖y‖ over the measured samples.
+        provenance: of the scan that it was made from.
     """
 
     image: Tensor
     csm: Tensor | None = None
     variance: Tensor | None = None
+    samples: Tensor | None = None
     status: str = "converged"
     stats: Mapping[str, Any] = field(default_factory=dict)
     dials: Mapping[str, Any] = field(default_factory=dict)
     residual: Tensor | None = None
+    provenance: str = "unknown"
 
     @property
     def magnitude(self) -> Tensor:
         """|image|, real `(B, H, W)`."""
         return self.image.abs()
+
+
+def without_image(piece: Reconstruction) -> Reconstruction:
+    """What is known of a reconstruction, without what is large: zero slices of its size."""
+    none = piece.image.new_empty((0, *piece.image.shape[1:]))  # no view, which would hold the memory of the whole
+    return replace(piece, image=none, csm=None, variance=None, samples=None)
+
+
+def joined(pieces: Sequence[Reconstruction]) -> Reconstruction:
+    """Reconstructions of the slices of one scan as one.
+
+    Lists in `stats` have one entry per slice; of the rest, the first piece's stands for all. Maps that differ from
+    slice to slice are joined too, one set for all stays one.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    first = next((piece for piece in pieces if piece.dials), pieces[0])
+
+    def together(name: str) -> Tensor | None:
+        parts = [part for piece in pieces if (part := getattr(piece, name)) is not None]
+        return torch.cat(parts) if len(parts) == len(pieces) else None
+
+    csm, count = together("csm"), sum(len(piece.image) for piece in pieces)
+    return replace(
+        first,
+        image=torch.cat([piece.image for piece in pieces]),
+        csm=csm if csm is not None and len(csm) == count else first.csm,
+        variance=together("variance"),
+        samples=together("samples"),
+        status=next((piece.status for piece in pieces if piece.status != "converged"), "converged"),
+        stats={
+            name: [entry for piece in pieces for entry in piece.stats.get(name, ())]
+            if isinstance(value, list)
+            else value
+            for name, value in first.stats.items()
+        },
+        residual=together("residual"),
+    )
 
 
 def check_finite(x: Tensor, key: str, file: str | None = None) -> None:
@@ -283,12 +343,25 @@ def normalise(scan: Scan) -> Scan:
     Computed per slice: a slice of a volume gives the image that it would give alone. A slice without
     signal keeps the scale 1. Of a trajectory the centre is brought onto the grid first.
     """
+    # Slice by slice: the double-precision copies of a whole volume would be several times its size.
+    found = [_scale(select(scan, slice(b, b + 1))) for b in range(len(scan))]
+    scaled = torch.empty(scan.kspace.shape, dtype=torch.complex64, device=scan.kspace.device)
+    for b, s in enumerate(found):
+        scaled[b] = scan.kspace[b].to(torch.complex128) / s
+    scale = torch.cat(found)
+    noise = None if scan.noise_std is None else scan.noise_std / float(scale.mean())
+    assert scan.scale is not None
+    return replace(scan, kspace=scaled, noise_std=noise, scale=scan.scale.double() * scale)
+
+
+def _scale(scan: Scan) -> Tensor:
+    """The scale of a scan of one slice, `(1,)`, see `normalise`."""
     y, (h, w) = scan.kspace, scan.image_shape
-    b = len(scan)
     # Work on a copy brought near 1 first: data near the float32 limits must not overflow here.
-    peak = y.abs().flatten(1).amax(1).double()
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    y64 = y.to(torch.complex128) / peak.reshape(-1, *[1] * (y.ndim - 1))
+    peak = y.abs().amax().double()
+    if peak == 0:
+        return torch.ones(1, dtype=torch.float64, device=y.device)
+    y64 = y.to(torch.complex128) / peak
     if scan.trajectory is None:
         assert scan.mask is not None
         grid, mask = y64, scan.mask
@@ -307,9 +380,4 @@ def normalise(scan: Scan) -> Scan:
     scale = torch.quantile(image.flatten(1), 0.99, dim=1) / sampled.clamp(min=1e-3)
     # Nothing in the centre: fall back on the energy of all samples.
     energy = y64.abs().square().flatten(1).sum(1).div(h * w).sqrt()
-    scale = torch.where(scale > 1e-6 * energy, scale, energy)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).expand(b) * peak
-    scaled = (y.to(torch.complex128) / scale.reshape(-1, *[1] * (y.ndim - 1))).to(torch.complex64)
-    noise = None if scan.noise_std is None else scan.noise_std / float(scale.mean())
-    assert scan.scale is not None
-    return replace(scan, kspace=scaled, noise_std=noise, scale=scan.scale.double() * scale)
+    return torch.where(scale > 1e-6 * energy, scale, energy) * peak

@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ class Atlas:
     Arguments:
         points: along each of the (at most two) dials.
         thresholds: of the area and range curves, dB over zero-filling; empty takes a quarter of a dB apart.
-        state: an existing folder that keeps unfinished landscapes, so that a run that was stopped goes on; or None.
+        state: an existing folder that keeps landscapes, finished ones too; None keeps them where `run` keeps its rows.
     """
 
     points: int
@@ -76,22 +78,66 @@ class Atlas:
     state: Path | None = None
 
 
-def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]]) -> Iterator[Case]:
-    """Every image under every mask. The same image has the same phase, coils and noise under all masks."""
+def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]], *, maps: bool = True) -> Iterator[Case]:
+    """Every image under every mask. The same image has the same phase, coils and noise under all masks.
+
+    Arguments:
+        maps: estimate the coil maps here, once for all who use the case.
+    """
     for name, acceleration in plan.patterns():
         for source, planes in images.items():
             step = max(1, len(planes) // plan.limit)
             for index in range(0, min(len(planes), step * plan.limit), step):
-                x = planes[index][None]
-                # A seed of its own for each image, the same in every run.
-                seed = plan.seed + int.from_bytes(hashlib.sha256(f"{source}/{index}".encode()).digest()[:3])
-                pattern = sampling_mask(name, (x.shape[-2], x.shape[-1]), acceleration, seed)
-                scan, target = simulate(x, mask=pattern, coils=plan.coils, noise=plan.noise, seed=seed)
-                label = name if math.isnan(acceleration) else f"{name} {acceleration:g}×"
-                yield Case(
-                    name=f"{source}/{index}", scan=replace(scan, csm=prepare(scan).csm), reference=target,
-                    labels={"mask": label, "source": source},
-                )  # fmt: skip
+                x = planes[index]
+                place = _Place(
+                    plan=plan, mask=name, acceleration=acceleration, source=source, index=index, digest=_digest(x)
+                )
+                case = place.simulated(x)
+                yield replace(case, scan=replace(case.scan, csm=prepare(case.scan).csm)) if maps else case
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which image, under which mask: what a worker makes the case of again."""
+
+    plan: Plan
+    mask: str
+    acceleration: float
+    source: str
+    index: int
+    digest: str
+
+    def __call__(self) -> Case:
+        for _ in range(2):
+            x = _images(self.plan.folder, (self.source,) if self.source in SOURCES else ())[self.source][self.index]
+            if _digest(x) == self.digest:
+                return self.simulated(x)
+            _images.cache_clear()  # read for an earlier command, perhaps, and changed since
+        raise errors.UnreadableFile(
+            f"image {self.index} of {self.source} is not the one that was named", file=self.plan.folder,
+            key="cluster", help="workers must see the same files",
+        )  # fmt: skip
+
+    def simulated(self, x: Tensor) -> Case:
+        plan = self.plan
+        # A seed of its own for each image, the same in every run.
+        seed = plan.seed + int.from_bytes(hashlib.sha256(f"{self.source}/{self.index}".encode()).digest()[:3])
+        pattern = sampling_mask(self.mask, (x.shape[-2], x.shape[-1]), self.acceleration, seed)
+        scan, target = simulate(x[None], mask=pattern, coils=plan.coils, noise=plan.noise, seed=seed)
+        label = self.mask if math.isnan(self.acceleration) else f"{self.mask} {self.acceleration:g}×"
+        return Case(
+            name=f"{self.source}/{self.index}", scan=scan, reference=target,
+            labels={"mask": label, "source": self.source}, source=self,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _images(folder: Path, sources: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    return load_images(folder, sources)
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def run(
@@ -103,6 +149,8 @@ def run(
     tune: bool,
     grid: int,
     atlas: Atlas | None = None,
+    keep: Path | None = None,
+    executor: Executor | None = None,
     progress: Callable[[int, int], None],
 ) -> tuple[list[Row], str]:
     """Judge the contestants, write rows.csv, table.md, curves and report.html into `folder`.
@@ -111,6 +159,8 @@ def run(
         tune: give each method with a dial `lam` its best weight per mask, on these images.
         grid: points along the first dial of the others; 0 takes them as they are.
         atlas: the landscapes of those with dials; None makes none.
+        keep: an existing folder for what is finished, so that a run that was stopped goes on from there.
+        executor: of `cluster.workers`, for all but the landscapes; None does everything here.
 
     Returns:
         the rows, and the table as text.
@@ -118,7 +168,7 @@ def run(
     there = [name for name, (filename, _) in SOURCES.items() if (plan.folder / filename).is_file()]
     images = load_images(plan.folder, plan.sources or there)
     rows: list[Row] = []
-    everything = list(cases(plan, images))
+    everything = list(cases(plan, images, maps=executor is None))
     groups: dict[str, list[Case]] = {}
     for case in everything:
         groups.setdefault(case.labels["mask"], []).append(case)
@@ -127,8 +177,10 @@ def run(
         entered = []
         for contestant in contestants:
             if tune and "lam" in contestant.model.dials and "lam" not in contestant.dials:
-                best = evaluation.tune(group, contestant.model, dial="lam", points=7, rounds=2).dials
-                entered.append(replace(contestant, dials=best))
+                best = evaluation.tune(
+                    group, contestant, dial="lam", points=7, rounds=2, keep=keep, executor=executor
+                ).dials
+                entered.append(replace(contestant, dials={**contestant.dials, **best}))
             elif grid and contestant.model.dials and "lam" not in contestant.model.dials:
                 entered += evaluation.along(contestant, {next(iter(contestant.model.dials)): grid})
             else:
@@ -139,6 +191,8 @@ def run(
             group,
             metrics=metrics,
             progress=lambda n, of, start=start: progress(start + n, 0),  # type: ignore[misc]
+            keep=keep,
+            executor=executor,
         )
         done += len(entered) * len(group)
 
@@ -171,7 +225,7 @@ def run(
             ),
         )
     if atlas is not None:
-        sections += _explore(contestants, groups, folder, atlas, lambda n, of: progress(done + n, 0))
+        sections += _explore(contestants, groups, folder, atlas, keep, lambda n, of: progress(done + n, 0))
     report.report(
         folder / "report.html", title="tunemri evaluate",
         summary=f"{len(everything)} simulated scans from {plan.folder.name}, {len(contestants)} methods.",
@@ -185,6 +239,7 @@ def _explore(
     groups: Mapping[str, Sequence[Case]],
     folder: Path,
     atlas: Atlas,
+    keep: Path | None,
     progress: Callable[[int, int], None],
 ) -> list[report.Section]:
     """Every contestant over the whole range of its free dials, for each mask: files in `folder`, sections of the page."""
@@ -206,11 +261,12 @@ def _explore(
         found: dict[str, Landscape] = {}
         for contestant, names in free:
             name = _slug(f"{contestant.name} {mask}")
+            state = None if keep is None else keep / f"part-landscape-{name}.safetensors"
             land = landscape(
                 contestant.model, group, dials={**dict.fromkeys(names, atlas.points), **contestant.dials},
                 thresholds=atlas.thresholds or _THRESHOLDS,
                 progress=lambda n, of, start=done: progress(start + n, of),  # type: ignore[misc]
-                file=None if atlas.state is None else atlas.state / f"landscape-{name}.safetensors",
+                file=state if atlas.state is None else atlas.state / f"landscape-{name}.safetensors",
             )  # fmt: skip
             found[contestant.name] = land
             done += land.values.numel()

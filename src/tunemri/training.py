@@ -11,12 +11,11 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,11 @@ from .datasets import Example, Sampler, load_images
 from .methods import Reconstructor, load, make, save
 from .methods.hyperrecon import HyperRecon, SingleWeight, bake
 from .methods.metalearned import MetaLearned
+from .solvers import AdaBelief
 
 __all__ = ["Interrupted", "Plan", "fit", "match_scales", "read_recipe", "train"]
 
+_OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adabelief": AdaBelief}
 _STATES = ("state.safetensors", "state.previous.safetensors")  # the newest, and the one before it
 _SECTIONS = ("method", "start", "arguments", "scales", "data", "training")
 
@@ -47,11 +48,12 @@ class Plan:
 
     Arguments:
         steps: optimiser steps in all.
-        lr: peak learning rate of Adam.
+        lr: peak learning rate.
         warmup: steps of linear warm-up; a cosine to zero follows.
         clip: largest norm of the gradient.
         average: decay of the running average of the weights, which is what gets saved; 0 switches it off.
         checkpoint: seconds between checkpoints.
+        optimiser: "adam" or "adabelief".
         precision: of the convolutions in training, "float32" or "bfloat16" (1.6 times as fast on processors that
             have it); weights, data consistency and losses keep float32.
         seed: of everything random in training.
@@ -63,13 +65,20 @@ class Plan:
     clip: float = 1.0
     average: float = 0.999
     checkpoint: float = 120.0
+    optimiser: str = "adam"
     precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bfloat16"):
             raise errors.BadOption(f"found {self.precision!r}, expected float32 or bfloat16", key="training.precision")
-        numbers = {k: v for k, v in asdict(self).items() if k not in ("seed", "precision")}
+        if self.optimiser not in _OPTIMISERS:
+            raise errors.BadOption(
+                f"found {self.optimiser!r}",
+                key="training.optimiser",
+                help=errors.did_you_mean(self.optimiser, _OPTIMISERS),
+            )
+        numbers = {k: v for k, v in asdict(self).items() if k not in ("seed", "precision", "optimiser")}
         for name, value in numbers.items():
             if not math.isfinite(value) or value < 0 or (name in ("steps", "lr", "clip") and value == 0):
                 raise errors.BadOption(f"found {value}, expected a positive number", key=f"training.{name}")
@@ -116,6 +125,7 @@ def fit(
         Busy: another process trains in this folder.
         BadOption: the folder holds a run and `resume` is false, or the recipe differs.
         NonFinite: the gradient was NaN or Inf in three steps running; the last state is intact.
+        NoMemory, NoSpace: for a step, for a state; the last state is intact.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     folder = Path(folder)
@@ -123,10 +133,10 @@ def fit(
     rank, world = _distributed()
     model.train()
     parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.Adam(parameters.values(), lr=plan.lr)
+    optimiser = _OPTIMISERS[plan.optimiser](parameters.values(), lr=plan.lr)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     identity = json.dumps({"recipe": recipe, "plan": asdict(plan), "world": world}, sort_keys=True, default=str)
-    with _claimed(folder) if rank == 0 else _nothing(), _signals() as asked:
+    with files.claimed(folder, "training") if rank == 0 else nullcontext(), _signals() as asked:
         start, seconds = 0, 0.0
         if resume:
             start, seconds = _restore(folder, model, optimiser, parameters, average, identity)
@@ -140,9 +150,10 @@ def fit(
                 group["lr"] = plan.rate(step)
             optimiser.zero_grad(set_to_none=True)
             example = batches(step, rank)
-            with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
-                loss = model.loss(example, generator)
-            loss.backward()
+            with _enough_memory(example):
+                with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
+                    loss = model.loss(example, generator)
+                loss.backward()
             _all_reduce(parameters.values(), world, asked)
             _share_buffers(model, world)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
@@ -153,7 +164,8 @@ def fit(
                         f"loss {float(loss.detach()):g} with a gradient that is not finite, three steps running up to {step}",
                         file=folder, key="loss", help="lower training.lr; the last saved state is sound",
                     )  # fmt: skip
-                errors.warn(f"step {step}: gradient is not finite, step skipped", "non_finite")
+                if rank == 0:
+                    errors.warn(f"step {step}: gradient is not finite, step skipped", "non_finite")
             else:
                 bad = 0
                 optimiser.step()
@@ -174,6 +186,7 @@ def fit(
                         "loss": float(loss.detach()),
                         "rate": plan.rate(step),
                         "seconds": spent,
+                        "notes": model.notes(),
                     }
                 )
             if rank == 0 and (last or asked or now - saved > plan.checkpoint):
@@ -269,11 +282,14 @@ def train(
     plan = _built(Plan, "training", recipe["training"])
     data.setdefault("seed", plan.seed)
     arguments = dict(recipe.get("arguments", {}))
-    images = load_images(source, data.pop("sources", ()))
+    images = _built(load_images, "data", {"folder": source, "sources": data.pop("sources", ())})
     sampler = _built(Sampler, "data", {"images": images, **data})
     torch.manual_seed(plan.seed)
     _built(make, "arguments", {"method": recipe["method"], "arguments": arguments})  # wrong ones fail before any work
     if (matching := recipe.get("scales")) is not None:
+        for key, value in matching.items():
+            if type(value) is not int or value < 1:
+                raise errors.BadOption(f"found {value!r}, expected a whole number above 0", key=f"scales.{key}")
         shared = {k: arguments[k] for k in ("main", "terms") if k in arguments}
 
         def single(weights: list[float]) -> SingleWeight:
@@ -417,11 +433,13 @@ def _share_buffers(model: Reconstructor, world: int) -> None:
 
 
 def _save(
-    folder: Path, model: Reconstructor, optimiser: torch.optim.Adam, parameters: dict[str, Tensor],
+    folder: Path, model: Reconstructor, optimiser: torch.optim.Optimizer, parameters: dict[str, Tensor],
     average: dict[str, Tensor], step: int, seconds: float, identity: str,
 ) -> None:  # fmt: skip
-    """Keep the state before this one, then put the new one in place: a kill at any moment leaves a whole state."""
+    """Put the new state in place of the one before it, which is kept: a kill or a full disk leaves a whole state."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    # What a method remembers for its training alone is no part of its weights.
+    tensors |= {f"model.{name}": value for name, value in model.named_buffers() if value.numel()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for name, p in parameters.items():
         for key, value in optimiser.state.get(p, {}).items():
@@ -429,14 +447,15 @@ def _save(
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"step": str(step), "seconds": repr(seconds), "identity": identity}
     newest = folder / _STATES[0]
-    if newest.exists():
-        os.replace(newest, folder / _STATES[1])
     with files.write_atomically(newest, overwrite=True) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))  # save_file would let only its owner read it
+        # Only now that the new one is there, whole: a full disk must not cost the newest.
+        if newest.exists():
+            os.replace(newest, folder / _STATES[1])
 
 
 def _restore(
-    folder: Path, model: Reconstructor, optimiser: torch.optim.Adam, parameters: dict[str, Tensor],
+    folder: Path, model: Reconstructor, optimiser: torch.optim.Optimizer, parameters: dict[str, Tensor],
     average: dict[str, Tensor], identity: str,
 ) -> tuple[int, float]:  # fmt: skip
     damaged = False
@@ -459,11 +478,17 @@ def _restore(
                 f"made by another recipe: {_difference(json.loads(metadata['identity']), json.loads(identity))}",
                 file=path, key="recipe", help="resume with the recipe of the run, or start in a new folder",
             )  # fmt: skip
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        model.load_state_dict({k: v for k, v in weights.items() if k in model.state_dict()})
+        for key in weights.keys() - model.state_dict().keys():
+            owner, _, leaf = key.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, weights[key])
         for key, p in parameters.items():
             average[key].copy_(tensors[f"average.{key}"])
             state = {
-                k: tensors[f"adam.{k}.{key}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{key}" in tensors
+                k: tensors[f"adam.{k}.{key}"]
+                for k in ("step", "exp_avg", "exp_avg_sq", "mean", "belief")
+                if f"adam.{k}.{key}" in tensors
             }
             if state:
                 optimiser.state[p] = state
@@ -471,6 +496,19 @@ def _restore(
     if damaged:
         raise errors.UnreadableFile("no state of this run can be read", file=folder, help="start again in a new folder")
     return 0, 0.0
+
+
+@contextmanager
+def _enough_memory(example: Example) -> Iterator[None]:
+    """Where memory runs out in a step, say what of its batch to cut; states saved before are sound."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not errors.lacks_memory(error):
+            raise
+        shape = tuple(example.y.shape)
+        cut = f"--set data.batch={shape[0] // 2}" if shape[0] > 1 else "smaller images (data.size), fewer data.coils"
+        raise errors.NoMemory(f"not enough for k-space of {shape} in a step", key="data.batch", help=cut) from error
 
 
 def _refuse_a_run(folder: Path) -> None:
@@ -498,52 +536,6 @@ def _difference(old: Any, new: Any, path: str = "") -> str:
                 return found
         return ""
     return "" if old == new else f"{path} was {old}, is {new}"
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Hold the run folder: a second process is refused; the claim of a dead process of this machine is taken over."""
-    lock = folder / "lock.json"
-    mine: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
-    while True:
-        try:
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            try:
-                holder = json.loads(lock.read_text())
-                # In a container a restarted run has the number of the one that was killed: our own.
-                alive = int(holder["pid"]) != mine["pid"] and _alive(int(holder["pid"]))
-                gone = holder["host"] == mine["host"] and not alive
-            except (OSError, ValueError, TypeError, KeyError):
-                holder, gone = {"pid": "?", "host": "?"}, False  # not written yet, or not by us: leave it alone
-            if not gone:
-                raise errors.Busy(
-                    f"process {holder['pid']} on {holder['host']} is training here", file=folder,
-                    help=f"wait for it, or remove {lock.name} if it is gone",
-                ) from None  # fmt: skip
-            lock.unlink(missing_ok=True)
-    try:
-        with os.fdopen(handle, "w") as f:
-            json.dump(mine, f)
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return pid > 0
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import errors
 
-__all__ = ["TRAJECTORIES", "golden", "radial", "radial_weights", "spiral", "tiny_golden"]
+__all__ = ["TRAJECTORIES", "golden", "radial", "radial_weights", "readouts", "spiral", "tiny_golden"]
 
 Shape = tuple[int, int]
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
@@ -107,6 +107,22 @@ TRAJECTORIES: dict[str, Callable[..., Tensor]] = {
     "tiny-golden": tiny_golden,
     "spiral": spiral,
 }
+
+
+def readouts(trajectory: Tensor) -> Tensor:
+    """Which readout (spoke, arm) each sample of a list belongs to: the next one begins where the path jumps.
+
+    A jump is longer than four times the median step. Readouts that go on where the last one ended count as one.
+
+    Arguments:
+        trajectory: `(M, 2)`, readout after readout.
+
+    Returns:
+        int64 `(M,)`, from 0 on, never falling.
+    """
+    step = trajectory.diff(dim=0).square().sum(-1).sqrt()
+    jumps = step > 4 * step.median() if len(step) else step > 0
+    return torch.cat((jumps.new_zeros(1), jumps)).cumsum(0)
 
 
 def radial_weights(trajectory: Tensor, shots: int) -> Tensor:

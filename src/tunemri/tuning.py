@@ -1,15 +1,17 @@
 """The settings worth looking at, with or without ground truth.
 
     choose       one setting (or a few) of a scan: by held-out k-space, noise level, SURE, a reference, or diversity
+    adapt        the task weight of a trained model, from a few scans; and whether that pays
     diversify    k good images that differ most                range_basis  every setting of a dial from a dozen images
     sensitivity  what a small turn of a dial changes           range_map    what its whole range changes
 
-Everything here works with every method, for it only turns dials. Whatever is drawn at random is the same for all settings
-of a scan, so that scores differ by the setting alone.
+All but `adapt` works with every method, for it only turns dials. Whatever is drawn at random is the same for all
+settings of a scan, so that scores differ by the setting alone.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
 from . import errors
@@ -28,12 +31,15 @@ from .methods.base import Dial, Reconstructor, prepare
 from .metrics import known, score
 from .operators import LinearOperator, Mask, encoding
 from .scan import Scan, select
+from .trajectories import readouts
 
 __all__ = [
     "CRITERIA",
+    "Adaptation",
     "Choice",
     "RangeBasis",
     "Sensitivity",
+    "adapt",
     "choose",
     "diversify",
     "estimate_noise",
@@ -45,6 +51,7 @@ __all__ = [
 Setting = dict[str, float | str]
 Progress = Callable[[int, int], None]
 _GOLDEN = (math.sqrt(5) - 1) / 2
+_EFFORT = 0.002  # dB that a task weight must gain for each unit it moves: far out, the error hardly depends on it
 
 
 # ---------------------------------------------------------------- what all of them share
@@ -54,17 +61,27 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 class _Bench:
     """A prepared scan on which a model is tried: normalised data `y`, operator `A`, what undoes the scale, noise."""
 
+    scan: Scan
     model: Reconstructor
     y: Tensor  # (B, C, H, W)
     mask: Tensor  # (B, 1, H, W); empty without a grid
     A: LinearOperator
     scale: Tensor  # (B,)
     noise: Tensor | None  # (B,), in the units of y
+    facts: Sequence[Mapping[str, Any]]  # what the scan tells the method of each slice
 
     def images(self, dials: Mapping[str, Any]) -> Tensor:
         """Images `(B, H, W)` in the units of the scan, slice by slice as `reconstruct` makes them."""
-        parts = [_image(self.model, self.y[b : b + 1], self.A.sample(b), dials) for b in range(len(self.y))]
+        parts = [self.image(b, self.y[b : b + 1], self.A.sample(b), dials) for b in range(len(self.y))]
         return torch.cat(parts) * self.scale[:, None, None].to(parts[0].real.dtype)
+
+    def image(self, b: int, y: Tensor, A: LinearOperator, dials: Mapping[str, Any]) -> Tensor:
+        """What the method makes of y, data of slice b, with what else the scan tells it."""
+        with torch.no_grad():
+            image = self.model(y, A, **dials, **self.facts[b]).image
+        if not bool(torch.isfinite(torch.view_as_real(image)).all()):
+            raise errors.NonFinite(f"{type(self.model).__name__} gave NaN or Inf at {dict(dials)}", key="image")
+        return image
 
     def start(self, given: Mapping[str, Any]) -> Setting:
         """A value for every dial: the given ones, checked, and what the method suggests for the first slice."""
@@ -93,21 +110,15 @@ def _bench(scan: Scan, model: Reconstructor, csm: str, slices: Sequence[int] | N
     scale, mask = (ready.scale / scan.scale)[index], judged.mask
     model.eval()
     return _Bench(
+        scan=judged,
         model=model,
         y=judged.kspace,
         mask=torch.empty(0) if mask is None else mask.expand(len(index), 1, *scan.image_shape),
         A=encoding(judged),
         scale=scale,
         noise=None if scan.noise_std is None else scan.noise_std / scale,
+        facts=[model.knows(ready, b) for b in index],
     )
-
-
-def _image(model: Reconstructor, y: Tensor, A: LinearOperator, dials: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
-        image = model(y, A, **dials).image
-    if not bool(torch.isfinite(torch.view_as_real(image)).all()):
-        raise errors.NonFinite(f"{type(model).__name__} gave NaN or Inf at {dict(dials)}", key="image")
-    return image
 
 
 def _position(dial: Dial, value: float) -> float:
@@ -201,8 +212,8 @@ def choose(
 ) -> Choice:
     """Find a setting for a scan: a coarse grid along each dial on its own scale, then golden sections around the best.
 
-        heldout-kspace   hides a part of the samples, reconstructs from the rest, and compares what that predicts; with a
-                         known σ, SURE adds the error on the samples themselves
+        heldout-kspace   hides a part of the samples (off the grid: of the readouts), reconstructs from the rest, and
+                         compares what that predicts; on the grid, with a known σ, SURE adds the error on the samples
         discrepancy      ‖A x̂ - y‖² nearest to what noise alone leaves, M σ²
         sure             Stein's unbiased estimate of ‖A (x̂ - x)‖², the error in the measured range; needs white noise
                          of known σ
@@ -244,9 +255,9 @@ def choose(
         raise errors.BadOption(
             f"found {found}, expected k ≥ 1, points ≥ 3, splits ≥ 1, fraction below a half", key="choose"
         )
-    if scan.mask is None and by != "reference":
+    if scan.mask is None and by in ("discrepancy", "sure"):
         raise errors.UnsupportedLayout(
-            f"{by} needs samples on a grid, this scan has a trajectory", key="by", help="choose by reference"
+            f"{by} needs samples on a grid, this scan has a trajectory", key="by", help="choose by heldout-kspace"
         )
     some = _judged(scan, slices)
     bench = _bench(scan, model, csm, some)
@@ -313,7 +324,11 @@ def _along(
 
     grid = [i / (points - 1) for i in range(points)]
     middle = min(grid, key=at)
-    low, high = max(middle - grid[1], 0.0), min(middle + grid[1], 1.0)
+    return _at(dial, _golden(at, max(middle - grid[1], 0.0), middle, min(middle + grid[1], 1.0), refine))
+
+
+def _golden(at: Callable[[float], float], low: float, middle: float, high: float, refine: int) -> float:
+    """The best point after `refine` golden sections of [low, high], `middle` being the best so far."""
     for _ in range(refine):
         right = high - middle > middle - low
         p = middle + (1 - _GOLDEN) * (high - middle if right else low - middle)
@@ -321,7 +336,7 @@ def _along(
             low, middle, high = (middle, p, high) if right else (low, p, middle)
         else:
             low, high = (low, p) if right else (p, high)
-    return _at(dial, middle)
+    return middle
 
 
 def _heldout(bench: _Bench, asked: _Asked) -> _Judge:
@@ -332,25 +347,88 @@ def _heldout(bench: _Bench, asked: _Asked) -> _Judge:
     Where the noise is unknown the first part judges alone; it is nearly always the larger one.
     """
     generator = torch.Generator().manual_seed(asked.seed)
-    # All splits of a slice in one batch: its samples are independent of each other.
-    parts = [_split(mask, asked, generator) for mask in bench.mask]
+    on_grid = bench.scan.mask is not None
+    if on_grid:
+        trials = [[_hide_samples(bench, b, asked, generator)] for b in range(len(bench.y))]
+    else:
+        trials = [_hide_readouts(select(bench.scan, slice(b, b + 1)), asked, generator) for b in range(len(bench.y))]
     known_noise = bench.noise is not None and bool((bench.noise > 0).all())
     floor = bench.noise.square() * bench.y.shape[1] if bench.noise is not None else torch.zeros(len(bench.y))
-    measured = _sure(bench, asked).score if known_noise else lambda setting: 0.0
+    measured = _sure(bench, asked).score if known_noise and on_grid else lambda setting: 0.0
 
     def score(setting: Setting) -> float:
         total = 0.0
-        for b, (kept, weight) in enumerate(parts):
-            y, A = bench.y[b : b + 1], bench.A.sample(b)
-            x = _image(bench.model, y * kept, Mask(kept) @ A, setting)
-            wrong = (A(x) - y).abs().square().sum(1).double()
-            total += float((weight * (wrong - floor[b])).sum() * bench.scale[b] ** 2)
+        for b, of_slice in enumerate(trials):
+            for trial in of_slice:
+                x = bench.image(b, trial.y, trial.A, setting)
+                wrong = (trial.all_of(x) - trial.truth).abs().square().sum(1).double()
+                total += float((trial.weight * (wrong - floor[b])).sum() * bench.scale[b] ** 2)
         return total / asked.splits + measured(setting)
 
+    what = "samples" if on_grid else "readouts"
+
     def sentence(best: float) -> str:
-        return f"predicts held-out k-space best ({asked.splits} times {asked.fraction:.0%} of the samples)"
+        return f"predicts held-out k-space best ({asked.splits} times {asked.fraction:.0%} of the {what})"
 
     return _Judge(score=score, sentence=sentence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """Data `y` of `A` to reconstruct from; `all_of(x)` is then compared with `truth`, the weights saying where."""
+
+    y: Tensor
+    A: LinearOperator
+    truth: Tensor
+    all_of: LinearOperator
+    weight: Tensor
+
+
+def _hide_samples(bench: _Bench, b: int, asked: _Asked, generator: torch.Generator) -> _Trial:
+    """All splits of a slice in one batch: its samples are independent of each other."""
+    kept, weight = _split(bench.mask[b], asked, generator)
+    y, A = bench.y[b : b + 1], bench.A.sample(b)
+    return _Trial(y=y * kept, A=Mask(kept) @ A, truth=y, all_of=A, weight=weight)
+
+
+def _hide_readouts(one: Scan, asked: _Asked, generator: torch.Generator) -> list[_Trial]:
+    """One slice off the grid with whole readouts hidden: neighbours along a readout say nearly the same.
+
+    Every cell of the grid that was met counts once, however often: the samples in it share its weight.
+
+    Raises:
+        BadOption: fewer than four readouts.
+    """
+    assert one.trajectory is not None
+    k, (h, w) = one.trajectory[0], one.image_shape
+    readout = readouts(k)
+    count = int(readout[-1]) + 1
+    if count < 4:
+        raise errors.BadOption(
+            f"{count} readouts in this trajectory, expected at least 4 to hide some",
+            key="by",
+            help="choose by reference",
+        )
+    size = k.new_tensor((h, w))
+    cell = ((k.round() + size // 2) % size).long()
+    index = cell[:, 0] * w + cell[:, 1]
+    weight = (1 / torch.bincount(index, minlength=h * w).clamp(min=1).double())[index]
+    number = max(1, round(asked.fraction * count))
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(1 + asked.splits * number // count)])
+    trials = []
+    for split in range(asked.splits):
+        hidden = torch.isin(readout, order[split * number : (split + 1) * number].to(readout.device))
+        seen, unseen = (replace(one, kspace=one.kspace[..., m], trajectory=k[m][None]) for m in (~hidden, hidden))
+        trials.append(
+            _Trial(
+                y=seen.kspace,
+                A=encoding(seen),
+                truth=unseen.kspace,
+                all_of=encoding(unseen),
+                weight=weight[hidden] * (count / number),
+            )  # fmt: skip
+        )
+    return trials
 
 
 def _split(mask: Tensor, asked: _Asked, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -386,7 +464,7 @@ def _discrepancy(bench: _Bench, asked: _Asked) -> _Judge:
         found = 0.0
         for b in range(len(bench.y)):
             y, A = bench.y[b : b + 1], bench.A.sample(b)
-            misfit = A(_image(bench.model, y, A, setting)) - y
+            misfit = A(bench.image(b, y, A, setting)) - y
             found += float(misfit.abs().square().sum().double() * bench.scale[b] ** 2)
         return found / expected
 
@@ -451,7 +529,7 @@ def _sure(bench: _Bench, asked: _Asked) -> _Judge:
         for b in range(len(bench.y)):
             y, A, probe, sigma = bench.y[b : b + 1], bench.A.sample(b), probes[b : b + 1], float(noise[b])
             epsilon = 0.1 * sigma
-            fit, moved = A(_image(bench.model, torch.cat((y, y + epsilon * probe)), A, setting)).split(1)
+            fit, moved = A(bench.image(b, torch.cat((y, y + epsilon * probe)), A, setting)).split(1)
             divergence = float((probe.conj() * (moved - fit)).real.sum().double()) / epsilon
             misfit = float((fit - y).abs().square().sum().double())
             samples = float(bench.mask[b].sum()) * bench.y.shape[1]
@@ -483,6 +561,181 @@ CRITERIA: dict[str, Callable[[_Bench, _Asked], _Judge]] = {
     "reference": _by_reference,
     "diverse": _heldout,
 }
+
+
+# ---------------------------------------------------------------- the weight of a task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """A model with another task weight, and what that gains on the scans it was found with.
+
+    Arguments:
+        model: a copy; everything but its task parameters is as it was.
+        shift: how far the task weight was moved, see `Reconstructor.move_task`.
+        by: "reference" or "heldout-kspace".
+        gain: mean decibels of error less than before, each unit judged at the shift that the *other* units would choose.
+        low, high: 95 % interval of it, paired over units (Student's t).
+        over: what the units are: "slices", or of fewer than four "blocks" of the image, or "folds" of k-space.
+        units: how many.
+        ratios: measured sampling ratio of each scan.
+        rows: what was tried: {"shift": …, "score": mean error in dB}.
+    """
+
+    model: Reconstructor
+    shift: float
+    by: str
+    gain: float
+    low: float
+    high: float
+    over: str
+    units: int
+    ratios: tuple[float, ...]
+    rows: tuple[dict[str, float], ...]
+
+    @property
+    def pays(self) -> bool:
+        """Whether the whole interval lies above zero."""
+        return self.low > 0
+
+
+def adapt(
+    model: Reconstructor,
+    scans: Sequence[Scan],
+    references: Sequence[Tensor] | None = None,
+    *,
+    slices: int = 12,
+    reach: float = 6.0,
+    refine: int = 4,
+    folds: int = 5,
+    fraction: float = 0.1,
+    csm: str = "espirit",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Adaptation:
+    """Re-learn the task weight of a model, and nothing else, from a few scans of one protocol.
+
+        min_δ mean_i 10 log₁₀ e_i(ω + δ) + 0.002 |δ|,    e_i the squared error of unit i
+
+    With references e is that of the magnitude image; without, that of held-out k-space, weighted as in `choose`. A grid
+    brackets the minimum, then golden sections follow; without the last term a weight that hardly matters would run
+    away. A search always finds a gain on what it searched: so each unit counts at the shift that all *others* would choose.
+
+    Arguments:
+        model: trained, with `task_parameters()`.
+        scans: one to five of them, say; they may differ in size and coils.
+        references: their ground truths `(B, H, W)` in the units of the scans, or None.
+        slices: judge by about as many in all, evenly spaced.
+        reach: |δ| stays within it.
+        refine: golden sections.
+        folds, fraction: of held-out k-space: how many times, and which share of the samples is hidden each time.
+        csm: how to estimate coil maps where a scan has none.
+        seed: of the held-out samples.
+        progress: called with (done, 0) after each δ.
+
+    Raises:
+        WrongModel: nothing in this model belongs to a task.
+        UnsupportedLayout: samples off the grid, and no reference.
+        InconsistentShapes: references do not fit the scans. NoData: no scan, or one without signal.
+    """
+    if not model.task_parameters():
+        raise errors.WrongModel(
+            f"{type(model).__name__} has no task weight to adapt", key="model",
+            help="a meta-learned model has; for the dials of any model there is `choose`",
+        )  # fmt: skip
+    if not scans or (references is not None and len(references) != len(scans)):
+        raise errors.NoData(f"found {len(scans)} scans and {len(references or ())} references", key="scans")
+    if references is None and any(scan.mask is None for scan in scans):
+        raise errors.UnsupportedLayout(
+            "held-out k-space needs samples on a grid, this scan has a trajectory", key="scans", help="give a reference"
+        )
+    moved = copy.deepcopy(model)
+    chosen = [_judged(scan, max(1, slices // len(scans))) for scan in scans]
+    benches = [_bench(scan, moved, csm, some) for scan, some in zip(scans, chosen, strict=True)]
+    # The task stays what it is for all samples, also while some of them are hidden.
+    starts = [bench.start({}) for bench in benches]
+    enough = sum(map(len, chosen)) >= 4
+    if references is None:
+        generator = torch.Generator().manual_seed(seed)
+        asked = _Asked(reference=None, metric="psnr", seed=seed, splits=folds, fraction=fraction)
+        parts = [[_split(mask, asked, generator) for mask in bench.mask] for bench in benches]
+    else:
+        truths = [_truth(truth, scan, some) for truth, scan, some in zip(references, scans, chosen, strict=True)]
+
+    def judge(n: int) -> Tensor:
+        """Squared error of each unit of scan n, (slices, folds or blocks)."""
+        if references is None:
+            return _heldout_error(benches[n], starts[n], parts[n])
+        image = crop(benches[n].images(starts[n]).abs().cpu(), truths[n].shape[-2:])
+        return _dealt((image - truths[n]).square().double(), folds)
+
+    errors_at: dict[float, Tensor] = {}
+
+    def at(shift: float) -> float:
+        if shift not in errors_at:
+            moved.load_state_dict(model.state_dict())
+            moved.move_task(shift)
+            found = torch.cat([judge(n) for n in range(len(scans))])
+            errors_at[shift] = 10 * (found.sum(1) if enough else found.flatten()).clamp(min=1e-30).log10()
+            if progress is not None:
+                progress(len(errors_at), 0)
+        return float(errors_at[shift].mean()) + _EFFORT * abs(shift)
+
+    places = [reach * share for share in (-1, -1 / 2, -1 / 6, 0, 1 / 6, 1 / 2, 1)]
+    middle = min(range(7), key=lambda i: at(places[i]))
+    shift = _golden(at, places[max(middle - 1, 0)], places[middle], places[min(middle + 1, 6)], refine)
+    moved.load_state_dict(model.state_dict())
+    moved.move_task(shift)
+    tried = sorted(errors_at)
+    gain, low, high = _left_out(torch.stack([errors_at[s] for s in tried]), tried)
+    return Adaptation(
+        model=moved.eval(), shift=shift, by="heldout-kspace" if references is None else "reference",
+        gain=gain, low=low, high=high,
+        over="slices" if enough else "folds" if references is None else "blocks", units=len(errors_at[0.0]),
+        ratios=tuple(1 / scan.acceleration for scan in scans), rows=tuple({"shift": s, "score": float(errors_at[s].mean())} for s in tried),
+    )  # fmt: skip
+
+
+def _truth(truth: Tensor, scan: Scan, some: Sequence[int]) -> Tensor:
+    if truth.ndim != 3 or len(truth) != len(scan):
+        raise errors.InconsistentShapes(
+            f"found {tuple(truth.shape)}, expected ({len(scan)}, rows, columns)", key="reference"
+        )
+    return truth[list(some)].abs().cpu()
+
+
+def _heldout_error(bench: _Bench, setting: Setting, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Weighted squared error over the hidden samples, (slices, folds)."""
+    found = []
+    for b, (kept, weight) in enumerate(parts):
+        y, A = bench.y[b : b + 1], bench.A.sample(b)
+        x = bench.image(b, y * kept, Mask(kept) @ A, setting)
+        found.append((weight * (A(x) - y).abs().square().sum(1).double()).sum((1, 2)))
+    return torch.stack(found)
+
+
+def _dealt(squares: Tensor, hands: int) -> Tensor:
+    """Squared errors `(B, H, W)` → sums over tiles, which are dealt like cards: `(B, hands)`, each all over the image."""
+    h, w = squares.shape[-2:]
+    edge = max(2, min(h, w) // (3 * hands))
+    row, column = torch.arange(h)[:, None] // edge, torch.arange(w) // edge
+    hand = (row * 2 + column) % hands  # two on with each row of tiles: no hand is a stripe
+    return torch.stack([(squares * (hand == k)).sum((1, 2)) for k in range(hands)], 1)
+
+
+def _left_out(values: Tensor, shifts: Sequence[float]) -> tuple[float, float, float]:
+    """Mean gain of unit i at the shift that is best for all other units, over shift 0, with its 95 % interval.
+
+    Arguments:
+        values: dB of error `(shifts, units)`, two units or more.
+        shifts: 0 among them.
+    """
+    units = values.shape[1]
+    effort = _EFFORT * torch.tensor(shifts, dtype=values.dtype).abs()
+    others = (values.sum(1, keepdim=True) - values) / (units - 1) + effort[:, None]
+    d = values[list(shifts).index(0.0)] - values.gather(0, others.argmin(0, keepdim=True))[0]
+    mean, half = float(d.mean()), float(stats.t.ppf(0.975, units - 1) * d.std() / math.sqrt(units))
+    return mean, mean - half, mean + half
 
 
 # ---------------------------------------------------------------- several settings
@@ -850,7 +1103,7 @@ def sensitivity(
                 # The first dual number loads a part of torch that itself uses what torch calls deprecated.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 turned = forward_ad.make_dual(torch.tensor(value), torch.tensor(slope))
-                out = model(bench.y[b : b + 1], bench.A.sample(b), **{**setting, name: turned})
+                out = model(bench.y[b : b + 1], bench.A.sample(b), **{**setting, name: turned, **bench.facts[b]})
                 tangent = forward_ad.unpack_dual(out.image).tangent
                 if tangent is None or not bool(torch.isfinite(torch.view_as_real(tangent)).all()):
                     raise NotImplementedError("the image carries no finite derivative")

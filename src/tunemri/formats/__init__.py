@@ -9,8 +9,9 @@ Whatever a library raises on a damaged file leaves this module as a `TunemriErro
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from torch import Tensor
 
 from .. import errors, files
 from ..fourier import crop, ifft2
-from ..scan import Geometry, Reconstruction, Scan, check_finite
+from ..scan import Geometry, Reconstruction, Scan, check_finite, joined
+from ..trajectories import readouts
 from . import arrays, cfl, dicom, fastmri, images, ismrmrd, nifti
-from .base import CSM_KEYS, KSPACE_KEYS, Format, Image, complex_values, mask_tensor
+from .base import CSM_KEYS, IMAGE_KEYS, KSPACE_KEYS, Format, Image, complex_values, first_key, mask_tensor
 
 __all__ = [
     "READERS",
     "WRITERS",
     "Image",
     "check_writable",
+    "holds_scans",
     "inspect",
     "read",
     "read_either",
@@ -38,7 +41,9 @@ __all__ = [
     "read_mask",
     "read_noise",
     "read_reference",
+    "volume_shape",
     "write",
+    "write_pieces",
     "resolve",
 ]
 
@@ -107,12 +112,19 @@ def read_image(path: files.StrPath, *, slices: slice | None = None, prefer: str 
         return reader.read_image(p, slices, prefer)
 
 
-def read_either(path: files.StrPath, *, slices: slice | None = None) -> Scan | Image:
-    """The scan in a file or, where it holds no k-space, the image.
+def read_either(path: files.StrPath, *, slices: slice | None = None, prefer: str = "scan") -> Scan | Image:
+    """The scan in a file or, where it holds no k-space, the image; with `prefer` "image" the image, where there is one.
 
     Raises:
         TunemriError: as for `read`.
     """
+    if prefer not in ("scan", "image"):
+        raise errors.BadOption(f"found {prefer!r}, expected 'scan' or 'image'", key="prefer")
+    if prefer == "image":
+        try:
+            return read_image(path, slices=slices)
+        except (errors.MissingKey, errors.UnsupportedLayout):
+            return read(path, slices=slices)
     try:
         return read(path, slices=slices)
     except (errors.MissingKey, errors.UnsupportedLayout) as no_scan:
@@ -181,13 +193,31 @@ def read_maps(path: files.StrPath) -> Tensor:
         MissingKey: several arrays and none with a name for maps; UnsupportedLayout (real, other axes); and as for `read`.
     """
     with _guard(path) as (p, reader):
-        values = cfl.read_array(p, CSM_KEYS, coils=True) if reader is cfl else reader.read_array(p, CSM_KEYS)
+        names = [row["name"] for row in reader.list_arrays(p)]
+        if first_key(CSM_KEYS, names) is None and (other := first_key((*KSPACE_KEYS, *IMAGE_KEYS), names)) is not None:
+            raise errors.MissingKey(
+                f"holds {other!r} and no coil maps",
+                key="csm",
+                help=f"they would be called {', '.join(CSM_KEYS[:3])}, …",
+            )
+        values = cfl.read_maps(p) if reader is cfl else reader.read_array(p, CSM_KEYS)
+        if (content := arrays.recorded_content(p)) is not None:
+            raise errors.MissingKey(f"holds {_CONTENT[content]}, no coil maps", key="csm")
         values = complex_values(values, p, "csm")
         if values.ndim not in (3, 4):
             raise errors.UnsupportedLayout(f"found shape {values.shape}, expected (coils, rows, columns)", key="csm")
         maps = torch.from_numpy(np.ascontiguousarray(values if values.ndim == 4 else values[None]))
         check_finite(maps, "csm")
+        level = maps.abs().square().sum(1).sqrt()
+        if bool(level.any()) and float(level[level > 0].median()) < 0.02 * float(level.max()):
+            errors.warn(
+                f"{path}: csm: half of it lies below 2 % of its maximum: is this k-space, not coil maps?",
+                "unsupported_layout",
+            )
         return maps
+
+
+_CONTENT = {"k-space": "k-space", "complex": "an image", "magnitude": "an image"}
 
 
 def read_noise(path: files.StrPath) -> Tensor | None:
@@ -246,9 +276,10 @@ def _libraries_silenced() -> Iterator[None]:
 
 def resolve(path: Path) -> Path:
     """The file that a name stands for: BART names a pair of files without suffix, or by either half."""
-    if path.suffix == ".hdr" or (path.suffix != ".cfl" and not path.exists()):
+    # `os.path` answers where a name is too long or no name, `Path` would raise.
+    if path.suffix == ".hdr" or (path.suffix != ".cfl" and not os.path.exists(path)):
         candidate = path.with_suffix(".cfl") if path.suffix == ".hdr" else path.parent / (path.name + ".cfl")
-        return candidate if path.name and candidate.is_file() else path
+        return candidate if path.name and os.path.isfile(candidate) else path
     return path
 
 
@@ -295,6 +326,15 @@ def _suffix(path: files.StrPath) -> str:
             f"no format for the suffix {Path(path).suffix!r}", file=path, help=f"known: {', '.join(WRITERS)}"
         )
     return suffix
+
+
+def holds_scans(path: files.StrPath) -> bool:
+    """Whether the format that the suffix names can hold k-space, not images alone.
+
+    Raises:
+        BadOption: unknown suffix.
+    """
+    return _suffix(path) in (".h5", ".npy", ".cfl")
 
 
 def check_writable(path: files.StrPath, *, overwrite: bool = False) -> None:
@@ -353,6 +393,34 @@ def write(
         raise errors.NoMemory("not enough memory to write it", file=path, help="write fewer slices") from e
 
 
+def write_pieces(
+    path: files.StrPath, pieces: Iterable[Reconstruction], *, slices: int, geometry: Geometry | None = None
+) -> dict[str, Any]:
+    """Write a reconstruction that comes some slices at a time: `.h5` takes each piece as it comes, others wait for all.
+
+    Arguments:
+        pieces: in order; `slices`: how many there are in all.
+        geometry: of the whole.
+
+    Returns, raises: as `write`.
+    """
+    final, suffix = Path(path), _suffix(path)
+    if suffix != ".h5":
+        return write(path, joined(list(pieces)), geometry=geometry)
+    with files.write_atomically(final) as temporary:
+        return fastmri.write_pieces(temporary, pieces, slices, geometry or Geometry())
+
+
+def volume_shape(path: files.StrPath) -> tuple[int, int, int, int] | None:
+    """(slices, coils, rows, columns) of a file whose slices can be read one by one; None for any other.
+
+    Raises:
+        TunemriError: as for `read`.
+    """
+    with _guard(path) as (p, reader):
+        return fastmri.volume_shape(p) if reader is fastmri else None
+
+
 # ---------------------------------------------------------------- what is in it?
 
 
@@ -380,6 +448,11 @@ def inspect(path: files.StrPath) -> dict[str, Any]:
     if scan is not None:
         report |= _scan_facts(scan)
         can, cannot = _uses(scan)
+        if kind.startswith("ismrmrd") and scan.coils > 1 and read_noise(path) is not None:
+            cannot.append(
+                "weigh the coils by their noise: recon takes no more than its level from the noise measurement; in Python, "
+                "coils.whiten_scan(scan, coils.noise_covariance(formats.read_noise(FILE))) whitens"
+            )
     elif no_scan is not None:
         cannot.append(f"reconstruct: {no_scan.what}; {no_scan.help or ''}".rstrip("; "))
     report["reference"] = reference is not None
@@ -415,6 +488,8 @@ def _uses(scan: Scan) -> tuple[list[str], list[str]]:
         can.append("tune: tunemri sweep FILE -m hyper-brain --grid ssim=0:1:11 -o DIR")
     else:
         can.append("tune: tunemri sweep FILE -m tv --grid lam=5 -o DIR")
+        if int(readouts(scan.trajectory[0])[-1]) < 3:
+            cannot.append("choose a setting by held-out k-space: its trajectory does not fall into readouts")
     can.append("be saved in another format: tunemri convert FILE -o OUT.h5 (or OUT.cfl)")
     if scan.csm is None and scan.coils > 1:
         cannot.append("use measured coil maps: none in the file; they are estimated, or given with --csm")

@@ -7,6 +7,7 @@ with a word about it; for images three are `(slices, rows, columns)`. In `.npz` 
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,15 +30,18 @@ from .base import (
     make_image,
     make_scan,
     single_key,
+    warn_of_kspace,
 )
 
-__all__ = ["list_arrays", "read_array", "read_image", "read_scan", "write"]
+__all__ = ["list_arrays", "read_array", "read_image", "read_scan", "recorded_content", "write"]
 
 _ONLY = "array"  # the name of what has none
 
 
 def read_scan(path: Path, slices: slice | None) -> Scan:
     """K-space from an array file."""
+    if recorded_content(path) in ("complex", "magnitude"):
+        raise image_only(path, f"an image ({path.name}.json says so)")
     shapes = {row["name"]: row for row in list_arrays(path)}
     numeric = [name for name, row in shapes.items() if row["shape"] is not None and len(row["shape"]) >= 2]
     if (key := first_key(KSPACE_KEYS, numeric)) is None:
@@ -59,13 +63,43 @@ def read_scan(path: Path, slices: slice | None) -> Scan:
 
 def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
     """An image from an array file."""
-    names = [row["name"] for row in list_arrays(path) if row["shape"] is not None and len(row["shape"]) in (2, 3)]
+    rows = [row for row in list_arrays(path) if row["shape"] is not None]
+    names = [row["name"] for row in rows if len(row["shape"]) in (2, 3)]
+    complex_rows = [row for row in rows if row["dtype"].startswith("complex")]
+    kspace = first_key(KSPACE_KEYS, [row["name"] for row in complex_rows])
+    if kspace is None and not names:
+        kspace = next((row["name"] for row in complex_rows if len(row["shape"]) == 4), None)
+    if kspace is not None and first_key(IMAGE_KEYS, names) is None:
+        raise errors.MissingKey(
+            f"holds k-space ({kspace}) without an image", file=path, key="image",
+            help="make one: tunemri recon FILE -m zero-filled -o IMAGE.h5",
+        )  # fmt: skip
     if not names:
         raise errors.UnsupportedLayout(
             "found no array (rows, columns) or (slices, rows, columns)", file=path, key="image"
         )
     key = single_key(REFERENCE_KEYS if prefer == "reference" else IMAGE_KEYS, names, path, "image")
-    return make_image(_load(path, key), file=path, key=key, slices=slices)
+    x = _load(path, key)
+    warn_of_kspace(x, path)
+    return make_image(x, file=path, key=key, slices=slices)
+
+
+def recorded_content(path: Path) -> str | None:
+    """What the record beside a file calls its content: "k-space", "complex" or "magnitude".
+
+    None: there is no record, or it is not of this very file. The command line leaves one beside all that it writes, and an
+    array without a header has no other way to say that it is an image.
+    """
+    record = path.with_name(path.name + ".json")
+    try:
+        if not record.is_file() or record.stat().st_size > 2**24:
+            return None
+        facts = json.loads(record.read_bytes())
+        content, digest = facts["content"], facts["out_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    known = content in ("k-space", "complex", "magnitude")
+    return content if known and digest == files.sha256(path) else None
 
 
 def read_array(path: Path, keys: Sequence[str]) -> np.ndarray:

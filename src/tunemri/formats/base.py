@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import errors
+from ..fourier import fft2
 from ..scan import Geometry, Scan, check_finite, measured_acceleration
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "row_range",
     "shifted",
     "single_key",
+    "warn_of_kspace",
 ]
 
 KSPACE_KEYS = ("kspace", "ksp", "k_space", "kdata", "k", "y")
@@ -237,14 +239,15 @@ def make_scan(
     power = torch.stack([one.abs().double().square().sum(0) for one in k])
     if not bool(power.isfinite().all()):
         check_finite(k, "kspace", str(file))
-    _check_measured(power, file)
+    if len(k) == b:  # some slices of a volume may hold no signal
+        _check_measured(power, file)
     if mask is None:
         m = _infer_mask(power, file)
     else:
         m = mask_tensor(mask, (b, *k.shape[-2:]), file)
         m = m[rows] if m.shape[0] == b else m
         k = _apply_mask(k, m, power, file)
-    _warn_off_centre(power, file)
+    _warn_implausible(k, power, file)
     return Scan(
         kspace=k, mask=m, image_shape=(k.shape[-2], k.shape[-1]), csm=_maps(csm, b, rows, k.dtype, file),
         noise_std=noise_std, geometry=shifted(geometry or Geometry(), rows.start), provenance=provenance,
@@ -314,7 +317,7 @@ def _infer_mask(power: Tensor, file: Path) -> Tensor:
     sampled = power > 0
     # A slice without signal was sampled like the others; a stray zero is a measurement.
     sampled = torch.where(sampled.flatten(1).any(1)[:, None, None], sampled, sampled.any(0))
-    if float(sampled.double().mean()) > 0.995:
+    if float(sampled.double().mean()) > 0.995 or not bool(sampled.any()):
         return torch.ones(1, 1, 1, power.shape[-1])
     if bool((sampled == sampled[:1]).all()):
         sampled = sampled[:1]
@@ -348,25 +351,85 @@ def _apply_mask(kspace: Tensor, mask: Tensor, power: Tensor, file: Path) -> Tens
     return kspace * mask if outside > 0 else kspace
 
 
-_ONLY_NOISE = "{file}: kspace: hardly more energy in the middle than elsewhere: is it only noise?"
+_LEAST_SIDE = 32  # of an array whose distribution of energy means anything
 
 
-def _warn_off_centre(power: Tensor, file: Path) -> None:
-    """The strongest sample is the zero frequency, and belongs in the centre."""
+def _warn_implausible(kspace: Tensor, power: Tensor, file: Path) -> None:
+    """Say what the energy of k-space tells: spokes, an image, only noise, or zero frequency in the corner.
+
+    The most certain of these is said, and no other. `power`: energy of all coils `(B, H, W)`.
+    """
+    if not bool(power.any()):
+        return
     h, w = power.shape[-2:]
-    peak = int(power.sum(0).argmax())
-    row, column = divmod(peak, w)
+    for lines, axis in ((power.sum(0), "row"), (power.sum(0).T, "column")):
+        if _are_spokes(lines):
+            errors.warn(
+                f"{file}: kspace: every {axis} has its peak in the middle and holds as much as the others: read as lines on a "
+                "grid, but are they spokes of a radial scan, without their trajectory?",
+                "unsupported_layout",
+            )
+            return
+    large = min(h, w) >= _LEAST_SIDE
+    if large and _share_in_middle(power) < 0.5:
+        some = kspace[int(power.sum((1, 2)).argmax())]
+        if _share_in_middle(fft2(some).abs().square()) > 0.5:
+            errors.warn(
+                f"{file}: kspace: looks like an image, its transform looks like k-space; "
+                "if it is one: tunemri simulate FILE -o SCAN.h5",
+                "unsupported_layout",
+            )
+            return
+    if large and _is_flat(power):
+        errors.warn(f"{file}: kspace: hardly more energy in one place than elsewhere: is it only noise?", "no_data")
+        return
+    row, column = divmod(int(power.sum(0).argmax()), w)
     if (h >= 8 and abs(row - h // 2) > h / 4) or (w >= 8 and abs(column - w // 2) > w / 4):
         errors.warn(
             f"{file}: kspace: the strongest sample lies at ({row}, {column}), zero frequency belongs at "
             f"({h // 2}, {w // 2}); numpy.fft.fftshift moves it from the corner to the centre",
             "unsupported_layout",
         )
+
+
+def _is_flat(power: Tensor) -> bool:
+    """Whether no block of an eighth of the sides holds three times its share."""
+    sides = [n // 8 for n in power.shape[-2:]]
+    p, n = power.sum(0), (power > 0).double().sum(0)
+
+    def sums(x: Tensor) -> Tensor:
+        counts = torch.nn.functional.pad(x.cumsum(0).cumsum(1), (1, 0, 1, 0))
+        down = counts[sides[0] :] - counts[: -sides[0]]
+        return down[:, sides[1] :] - down[:, : -sides[1]]
+
+    # A few samples more than there are: of one or two alone, noise may well hold three times the mean.
+    return bool((sums(p) <= 3 * float(p.sum() / n.sum()) * (sums(n) + 4)).all())
+
+
+def _share_in_middle(power: Tensor) -> float:
+    """The share of the energy `(…, H, W)` that lies in the middle eighth of both axes."""
+    h, w = power.shape[-2:]
+    middle = power[..., h // 2 - h // 16 : h // 2 + h // 16 + 1, w // 2 - w // 16 : w // 2 + w // 16 + 1]
+    return float(middle.double().sum() / power.double().sum())
+
+
+def _are_spokes(power: Tensor) -> bool:
+    """Whether all rows of `(H, W)` peak in the middle and have much the same energy: each goes through zero frequency."""
+    h, w = power.shape
+    energy = power.sum(1)
+    if h < 8 or w < _LEAST_SIDE or not bool((energy > 0).all()):
+        return False
+    off = (power.argmax(1) - w // 2).abs() > w / 16
+    return float(off.double().mean()) < 0.05 and float(energy.quantile(0.05)) > 0.1 * float(energy.max())
+
+
+def warn_of_kspace(x: np.ndarray, file: Path) -> None:
+    """Say so where a complex image `(…, H, W)` of a file without labels looks like k-space."""
+    if x.dtype.kind != "c" or min(x.shape[-2:], default=0) < _LEAST_SIDE or not np.isfinite(x).all() or not x.any():
         return
-    if min(h, w) >= 32:
-        middle = power[:, h // 2 - h // 16 : h // 2 + h // 16, w // 2 - w // 16 : w // 2 + w // 16]
-        if float(middle.sum()) * float((power > 0).sum()) < 2 * float(power.sum()) * float((middle > 0).sum()):
-            errors.warn(_ONLY_NOISE.format(file=file), "no_data")
+    y = torch.from_numpy(np.ascontiguousarray(x.astype(np.complex64)))
+    if _share_in_middle(y.abs().square()) > 0.5 > _share_in_middle(fft2(y).abs().square()):
+        errors.warn(f"{file}: image: looks like k-space, not like an image", "unsupported_layout")
 
 
 # ---------------------------------------------------------------- arrays and a trajectory → Scan
@@ -441,6 +504,7 @@ def _in_cycles(
     """
     extent = float(t.abs().max())
     said = (unit or "").lower()
+    step = float(t.diff(dim=1).square().sum(-1).sqrt().median()) if t.shape[1] > 1 else 0.0
     if not said:
         guessed = "cycles per pixel" if extent <= 0.5005 else "radians per pixel" if 2.5 < extent <= 3.15 else UNIT
         if guessed != UNIT:
@@ -462,6 +526,13 @@ def _in_cycles(
             )  # fmt: skip
         shape = (max(n, 1), max(n, 1))
         errors.warn(f"{file}: no size of the image given: {n}×{n}, which the trajectory just fills")
+        # Scanners sample a readout at least as densely as the field of view asks.
+        if step > 1.1 or 179.5 < extent <= 180:
+            errors.warn(
+                f"{file}: trajectory: reaches {extent:.4g} in steps of {step:.3g}, expected steps of at most 1 cycle per field "
+                "of view: is it in 1/m, or in degrees? state the unit, or the size of the image",
+                "unsupported_layout",
+            )
     if per_pixel is not None:
         t = t * (per_pixel * torch.tensor(shape, dtype=torch.float32))
     return t, shape

@@ -3,8 +3,8 @@
 Axes used here: 0 rows, 1 columns, 3 coils, 13 slices. All others must have length 1. Samples along a trajectory have
 1 in axis 0 and count along axes 1 and 2 (readout and spoke), as `bart nufft` takes them. Component 0 of a trajectory is
 the frequency along axis 0 of the image, which BART calls x or readout and we call rows: read here, reconstructed and
-written here, a scan gives the array that `bart nufft -i` makes of the same files, not its transpose. (A program that shows
-axis 0 from left to right shows both lying on their side.)
+written here, a scan gives the array that `bart nufft -i` makes of the same files, not its transpose: a heart measured
+along spokes stands upright in both. (A program that shows axis 0 from left to right shows both lying on their side.)
 
 A scan is one file NAME.cfl with companions beside it, found by name: NAME may end in `_ksp`, `_kspace` or `_data`,
 which is then replaced, otherwise the ending is added.
@@ -13,8 +13,8 @@ which is then replaced, otherwise the ending is added.
     NAME_maps      coil maps, axes as for k-space
     NAME_mask      1 where sampled (BART calls it pattern); absent: what is zero in all coils was not sampled
 
-What these files cannot say (noise, geometry, provenance, size of a non-Cartesian image) stands in our headers as one
-line of JSON under `# Tunemri`; BART skips it.
+What these files cannot say (whether it is k-space or an image, noise, geometry, provenance, size of a non-Cartesian image)
+stands in our headers as one line of JSON under `# Tunemri`; BART skips it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,19 @@ from torch import Tensor
 
 from .. import errors, files
 from ..scan import Geometry, Reconstruction, Scan
-from .base import UNIT, Image, make_image, make_non_cartesian_scan, make_scan, row_range, shifted
+from .base import (
+    UNIT,
+    Image,
+    image_only,
+    make_image,
+    make_non_cartesian_scan,
+    make_scan,
+    row_range,
+    shifted,
+    warn_of_kspace,
+)
 
-__all__ = ["beside", "companion", "list_arrays", "read_array", "read_image", "read_scan", "write"]
+__all__ = ["beside", "companion", "list_arrays", "read_array", "read_image", "read_maps", "read_scan", "write"]
 
 _USED = {0: "rows", 1: "columns", 3: "coils", 13: "slices"}
 _ENDINGS = ("_ksp", "_kspace", "_data")
@@ -49,6 +59,8 @@ def companion(path: Path, name: str) -> Path:
 def read_scan(path: Path, slices: slice | None) -> Scan:
     """K-space `(slices, coils, rows, columns)`, or samples along the trajectory that lies beside it."""
     notes = _notes(path)
+    if notes.get("content") == "complex":
+        raise image_only(path, "an image")
     found = {name: _companion(path, name) for name in COMPANIONS}
     sizes = _dimensions(path)
     about: dict[str, Any] = {
@@ -73,21 +85,45 @@ def read_scan(path: Path, slices: slice | None) -> Scan:
 
 def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
     """An image: the coil axis must have length 1."""
+    notes = _notes(path)
+    if notes.get("content") == "k-space" or any(_companion(path, name) for name in COMPANIONS):
+        raise errors.MissingKey(
+            "holds k-space without an image", file=path, key="image",
+            help="make one: tunemri recon FILE -m zero-filled -o IMAGE.cfl",
+        )  # fmt: skip
     x = _grid(path)
     if x.shape[1] != 1:
         raise errors.UnsupportedLayout(
-            f"{x.shape[1]} coils, expected one image", file=path, help="combine them first (bart rss 8)"
-        )
-    notes = _notes(path)
+            f"{x.shape[1]} coils: k-space, maps or coil images, expected one image", file=path, key="image",
+            help="combine them first (bart rss 8)",
+        )  # fmt: skip
+    warn_of_kspace(x, path)
     return make_image(
         x[:, 0], file=path, key="image", slices=slices, provenance=notes.get("provenance", ""),
         geometry=shifted(_geometry(notes), row_range(slices, len(x)).start),
     )  # fmt: skip
 
 
-def read_array(path: Path, keys: Sequence[str], *, coils: bool = False) -> np.ndarray:
-    """The values of the one array, slices first; with `coils`, `(slices, coils, rows, columns)`."""
-    return _grid(path) if coils else read_image(path, None, "image").data.numpy()
+def read_array(path: Path, keys: Sequence[str]) -> np.ndarray:
+    """The values of the one array, slices first."""
+    return read_image(path, None, "image").data.numpy()
+
+
+def read_maps(path: Path) -> np.ndarray:
+    """Coil maps `(slices, coils, rows, columns)`, from a file that is not known to hold something else."""
+    content, maps = _notes(path).get("content"), companion(path, "maps")
+    if content is not None or path.stem.endswith(("_ksp", "_kspace")) or _companion(path, "traj") is not None:
+        what = "an image" if content == "complex" else "k-space"
+        raise errors.MissingKey(
+            f"holds {what}, no coil maps", file=path, key="csm",
+            help=f"they lie in {maps.name}" if maps.is_file() else "bart ecalib -m1 makes some",
+        )  # fmt: skip
+    if _dimensions(path)[4] > 1:
+        raise errors.UnsupportedLayout(
+            f"{_dimensions(path)[4]} sets of coil maps (axis 4), expected one", file=path, key="csm",
+            help="bart ecalib -m1 makes one; bart slice 4 0 takes the first",
+        )  # fmt: skip
+    return _grid(path)
 
 
 def list_arrays(path: Path) -> list[dict[str, Any]]:
@@ -129,6 +165,7 @@ def _notes(path: Path) -> dict[str, Any]:
     except (ValueError, IndexError, RecursionError):
         return {}
     checks = {
+        "content": lambda v: v in ("k-space", "complex"),
         "provenance": lambda v: isinstance(v, str) and v.startswith("simulated") and v.isprintable() and len(v) <= 300,
         "noise_std": lambda v: _numbers(v, ()) is not None and v >= 0,
         "voxel_size": lambda v: (n := _numbers(v, (3,))) is not None and bool((n > 0).all()),
@@ -217,9 +254,10 @@ def beside(path: Path, what: Scan | Reconstruction | Image, geometry: Geometry) 
     Raises:
         BadOption: a companion that is not written lies there already, and would be taken for one of this scan.
     """
-    notes: dict[str, Any] = {"voxel_size": geometry.voxel_size, "affine": geometry.affine}
-    if not isinstance(what, Reconstruction):
-        notes["provenance"] = what.provenance
+    content = "k-space" if isinstance(what, Scan) else "complex"
+    notes: dict[str, Any] = {
+        "content": content, "voxel_size": geometry.voxel_size, "affine": geometry.affine, "provenance": what.provenance,
+    }  # fmt: skip
     made: dict[Path, bytes] = {}
     if isinstance(what, Scan):
         assert what.scale is not None

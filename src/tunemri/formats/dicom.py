@@ -128,7 +128,21 @@ def _frame(data: Dataset, index: int) -> dict[str, Any]:
         "thickness": float(thickness) if thickness else None,
         "directions": numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6),
         "position": numbers("PlanePositionSequence", "ImagePositionPatient", 3),
+        "step": _next_slice(data),
     }
+
+
+# DICOM cannot say on which side of a single slice the next one lies; we do, in a tag of our own (LPS, mm).
+_OWN, _STEP = (0x0071, "tunemri"), 0x01
+
+
+def _next_slice(data: Dataset) -> np.ndarray | None:
+    try:
+        value = data.private_block(*_OWN)[_STEP].value
+        step = np.array([float(v) for v in value])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return step if step.shape == (3,) and np.isfinite(step).all() and step.any() else None
 
 
 def _geometry(frames: list[dict[str, Any]]) -> Geometry:
@@ -143,6 +157,8 @@ def _geometry(frames: list[dict[str, Any]]) -> Geometry:
         return Geometry(voxel_size=(float(spacing[0]), float(spacing[1]), between) if sized else None)
     along_row, down_column = directions[:3], directions[3:]
     step = np.cross(along_row, down_column) * between
+    if first["step"] is not None and abs(float(first["step"] @ step)) > 0.999 * between * np.linalg.norm(first["step"]):
+        step = step * np.sign(float(first["step"] @ step))
     if len(frames) > 1:
         steps = np.diff(np.stack(positions), axis=0)
         step, between = steps[0], float(np.linalg.norm(steps[0]))
@@ -178,7 +194,7 @@ def write(
     stored = np.clip(np.round((values - intercept) / slope), 0, _TOP).astype("<u2")
     if values.shape[1] > _TOP or values.shape[2] > _TOP:
         raise errors.BadOption(f"DICOM ends at {_TOP} rows and columns", file=path, key="image")
-    place = _place(geometry, path)
+    place = _place(geometry, len(stored), path)
     name = hashlib.sha256(stored.tobytes() + repr((values.shape, slope, intercept, geometry)).encode()).hexdigest()
     many, placed = len(stored) > 1, place is not None
     data = Dataset()
@@ -206,13 +222,21 @@ def write(
 _Place = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _place(geometry: Geometry, path: Path) -> _Place | None:
+def _place(geometry: Geometry, count: int, path: Path) -> _Place | None:
     """Down a column, along a row, slice to slice (mm per index) and origin, in LPS; None where it is not known."""
     if geometry.affine is None:
         return None
     columns = np.array(geometry.affine)[:3] * _LPS[:, None]
     down, along, step, origin = columns.T
+    normal = np.cross(along, down)
+    if count == 1 and not step.any() and normal.any():  # one echo of several
+        step = normal / np.linalg.norm(normal) * (geometry.voxel_size or (1.0, 1.0, 1.0))[2]
     lengths = [float(np.linalg.norm(axis)) for axis in (down, along, step)]
+    if lengths[2] == 0 and min(lengths[:2]) > 0:
+        errors.warn(
+            f"{path}: several images in one place, which we do not write as DICOM: written without place and orientation"
+        )
+        return None
     if min(lengths) <= 0 or abs(float(down @ along)) > 1e-4 * lengths[0] * lengths[1]:
         errors.warn(f"{path}: its affine is sheared, which DICOM cannot say: written without place and orientation")
         return None
@@ -283,6 +307,7 @@ def _describe_slice(data: Dataset, place: _Place | None, frames: int, window: fl
     data.SpacingBetweenSlices = data.SliceThickness
     data.ImageOrientationPatient = _directions(place)
     data.ImagePositionPatient = [_decimal(v) for v in origin]
+    data.private_block(*_OWN, create=True).add_new(_STEP, "DS", [_decimal(v) for v in step])
     # Of the acquisition nothing is known; these must be there.
     data.ScanningSequence, data.SequenceVariant, data.ScanOptions = "RM", "NONE", ""
     data.MRAcquisitionType = data.RepetitionTime = data.EchoTime = data.EchoTrainLength = None

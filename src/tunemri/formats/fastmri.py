@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import errors, files
-from ..scan import Geometry, Reconstruction, Scan, check_finite
+from ..scan import Geometry, Reconstruction, Scan, check_finite, joined, without_image
 from .base import (
     CSM_KEYS,
     IMAGE_KEYS,
@@ -55,7 +57,7 @@ from .base import (
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["list_arrays", "read_array", "read_image", "read_scan", "write"]
+__all__ = ["list_arrays", "read_array", "read_image", "read_scan", "volume_shape", "write", "write_pieces"]
 
 
 def read_scan(path: Path, slices: slice | None) -> Scan:
@@ -76,6 +78,11 @@ def read_scan(path: Path, slices: slice | None) -> Scan:
         header = _read_header(h, path)
         if (key := first_key(TRAJECTORY_KEYS, keys)) is not None:
             return _read_non_cartesian(h, kspace, key, header, slices, path)
+        if (said := header.get("trajectory", "cartesian").lower()) not in ("cartesian", "epi"):
+            raise errors.MissingKey(
+                f"the header says {said}, and there is no trajectory", file=path, key="trajectory",
+                help="(slices or 1, …, 2): row and column of every sample, in cycles per field of view",
+            )  # fmt: skip
         _compare_header(header, grid, path)
         check_layout(shape, path, "kspace", pair=pair)
         total = grid[0] if len(grid) > 2 else 1
@@ -83,9 +90,22 @@ def read_scan(path: Path, slices: slice | None) -> Scan:
         y = files.hdf5_array(kspace, path, rows=rows if len(grid) > 2 else None)
         return make_scan(
             y, file=path, third_axis="slices", slices=slices, total=total,
-            mask=_optional(h, ("mask",), path), csm=_optional(h, CSM_KEYS, path),
+            mask=_optional(h, ("mask",), path), csm=_maps(h, rows, total, path),
             noise_std=_noise_std(h, path), geometry=_geometry(h, header, grid[-2:]), provenance=_provenance(h),
         )  # fmt: skip
+
+
+def volume_shape(path: Path) -> tuple[int, int, int, int] | None:
+    """(slices, coils, rows, columns) of complex k-space on a grid, whose slices can be read one by one; else None."""
+    import h5py
+
+    with files.open_hdf5(path) as h:
+        keys = files.hdf5_keys(h, path)
+        kspace = files.hdf5_dataset(h, "kspace", path)
+        if not isinstance(kspace, h5py.Dataset) or kspace.dtype.kind != "c" or first_key(TRAJECTORY_KEYS, keys):
+            return None
+        shape = kspace.shape
+        return shape if len(shape) == 4 else (shape[0], 1, *shape[1:]) if len(shape) == 3 else None
 
 
 def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
@@ -110,7 +130,7 @@ def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
         return make_image(
             array, file=path, key=key, slices=None if rows else slices,
             geometry=shifted(geometry, rows.start if rows else 0),
-            provenance=f"{key} of {path.name}, {_provenance(h)}",
+            provenance=f"{key} of {path.name}, {_provenance(h, of_image=True)}",
         )  # fmt: skip
 
 
@@ -209,6 +229,16 @@ def _optional(h: Any, keys: tuple[str, ...], path: Path) -> np.ndarray | None:
     return None if key is None else files.hdf5_array(_numeric(h, key, path), path)
 
 
+def _maps(h: Any, rows: slice, total: int, path: Path) -> np.ndarray | None:
+    """The coil maps of the wanted slices, or those of all."""
+    key = first_key(CSM_KEYS, files.hdf5_keys(h, path))
+    if key is None:
+        return None
+    dataset = _numeric(h, key, path)
+    each = dataset.ndim == 4 and dataset.shape[0] == total
+    return files.hdf5_array(dataset, path, rows=rows if each else None)
+
+
 def _numeric(h: Any, key: str, path: Path) -> h5py.Dataset:
     """The dataset of that name, which must hold numbers."""
     import h5py
@@ -227,9 +257,12 @@ def _text(value: Any) -> str | None:
     return str(value) if isinstance(value, str) else None
 
 
-def _provenance(h: Any) -> str:
+def _provenance(h: Any, *, of_image: bool = False) -> str:
+    """What the file says of its origin; k-space without a word is acquired, an image may be anything's."""
     text = _text(files.hdf5_attribute(h, "provenance")) or ""
-    return "".join(c for c in text if c.isprintable())[:300] if text.startswith("simulated") else "acquired"
+    if text.startswith("simulated") or (of_image and text):
+        return "".join(c for c in text if c.isprintable())[:300]
+    return "acquired"
 
 
 def _numbers(h: Any, name: str, count: int) -> list[float] | None:
@@ -328,6 +361,8 @@ def write(
     """Write a scan, a reconstruction or an image to the (temporary) path; returns notes for the sidecar."""
     import h5py
 
+    if isinstance(what, Reconstruction):
+        return write_pieces(path, [what], len(what.image), geometry)
     if isinstance(what, Scan):
         arrays, attributes = _scan_contents(what, reference, geometry)
     else:
@@ -335,9 +370,7 @@ def write(
     for key, array in arrays:
         if array.dtype.kind in "fc" and not np.isfinite(array).all():
             raise errors.NonFinite("NaN or Inf, refused to write them", key=key)
-    # In memory first: on a full disk the HDF5 library fails once more, noisily, while it closes the file.
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as h:
+    with _Sink(path, "w+b") as sink, h5py.File(sink, "w") as h:
         for key, array in arrays:
             chunks = (1,) * (array.ndim - 2) + array.shape[-2:]
             h.create_dataset(key, data=array, chunks=chunks, fletcher32=True)
@@ -347,8 +380,66 @@ def write(
         for name, value in attributes.items():
             if value is not None:
                 h.attrs[name] = value
-    path.write_bytes(buffer.getbuffer())
     return {"content": "k-space" if isinstance(what, Scan) else "complex"}
+
+
+def write_pieces(path: Path, pieces: Iterable[Reconstruction], slices: int, geometry: Geometry) -> dict[str, Any]:
+    """Write a reconstruction to the (temporary) path as it comes, some slices at a time: one piece is in memory.
+
+    The file does not depend on how its slices were divided into pieces.
+    """
+    import h5py
+
+    top, peak, facts = 0, 0.0, []
+    with _Sink(path, "w+b") as sink, h5py.File(sink, "w") as h:
+        for piece in pieces:
+            arrays, attributes = _image_contents(piece, geometry)
+            for key, array in arrays:
+                if not np.isfinite(array).all():
+                    raise errors.NonFinite("NaN or Inf, refused to write them", key=key)
+                if key not in h:
+                    h.create_dataset(
+                        key, (slices, *array.shape[1:]), array.dtype, chunks=(1, *array.shape[1:]), fletcher32=True
+                    )
+            for b in range(len(piece.image)):
+                for key, array in arrays:
+                    h[key][top + b] = array[b]
+            top, peak = top + len(piece.image), max(peak, attributes["max"])
+            facts.append(without_image(piece))
+        _, attributes = _image_contents(replace(joined(facts), image=torch.zeros(1)), geometry)
+        for name, value in {**attributes, "max": peak}.items():
+            if value is not None:
+                h.attrs[name] = value
+    return {"content": "complex"}
+
+
+class _Sink(io.FileIO):
+    """A file that keeps a full disk to itself until it is closed: told of it, the HDF5 library fails once more, noisily."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self.failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
+
+    def close(self) -> None:
+        super().close()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
 
 
 def _scan_contents(
@@ -400,8 +491,8 @@ def _image_contents(
     if x.is_complex():
         arrays.append(("image", as_complex64(x.numpy(force=True))))
     attributes: dict[str, Any] = {"max": float(arrays[0][1].max()), **_geometry_attributes(geometry)}
+    attributes["provenance"] = what.provenance
     if isinstance(what, Image):
-        attributes["provenance"] = what.provenance
         return arrays, attributes
     if what.variance is not None:
         arrays.append(("variance", what.variance.float().numpy(force=True)))

@@ -616,10 +616,13 @@ def _non_cartesian(plan: _Plan, slices: slice | None, path: Path) -> Scan:
 def _geometry(plan: _Plan, rows: slice, space: str, shape: tuple[int, int], partitions: int) -> Geometry:
     """Voxel size from the header, affine from positions and directions.
 
-    There is no affine where the first axis is more than one stack of equally spaced slices, or one of partitions.
+    There is no affine where the first axis is more than one stack of equally spaced slices, or one of partitions. Echoes
+    of a single slice all lie in its place: the affine then has no step from one to the next.
     """
     matrix, fov = header_sizes(plan.encoding, space)
-    if min(fov) <= 0 or fov[:2] == matrix[:2]:  # one millimetre per pixel: nobody knew
+    # One millimetre per pixel in the middle of the magnet: nobody knew.
+    unset = fov[:2] == matrix[:2] and not plan.raw.head["position"][plan.kept].any()
+    if min(fov) <= 0 or unset:
         return Geometry()
     spacing = [size / max(count, 1) for size, count in zip(fov, matrix, strict=True)]
     first = [plan.kept[np.flatnonzero(plan.image == image)[0]] for image in range(rows.start, rows.stop)]
@@ -632,6 +635,8 @@ def _geometry(plan: _Plan, rows: slice, space: str, shape: tuple[int, int], part
         step = steps[0]
         stack = bool(np.allclose(steps, step, atol=1e-2)) and float(np.linalg.norm(step)) > 1e-3
         spacing[2] = float(np.linalg.norm(step)) if stack else spacing[2]
+    elif len(images) > 1 and partitions == 1 and np.allclose(place, place[0], atol=1e-2):
+        step, stack = np.zeros(3), True
     else:
         stack = len(images) == 1
     voxel = (spacing[0], spacing[1], spacing[2])

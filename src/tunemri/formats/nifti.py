@@ -1,4 +1,8 @@
-"""NIfTI-1 and NIfTI-2 images (`.nii`, `.nii.gz`): index (i, j, k) is (row, column, slice), and the affine is kept."""
+"""NIfTI-1 and NIfTI-2 images (`.nii`, `.nii.gz`): index (i, j, k) is (row, column, slice), and the affine is kept.
+
+Images that all lie in one place (echoes of one slice: an affine without a step from image to image) count along the fourth
+axis.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +35,19 @@ def read_image(path: Path, slices: slice | None, prefer: str) -> Image:
     """A volume `(H, W, B)` as slices `(B, H, W)`, scaled as its header says."""
     with _open(path) as f:
         image, shape = _header(f, path)
+        echoes = len(shape) == 4
         if len(shape) == 2:
             shape = (*shape, 1)
-        rows = row_range(slices, shape[2])
-        proxy = image.dataobj
-        # Extra axes have length 1 here; slicing the proxy reads no more than is wanted.
-        array = np.asarray(proxy[:, :, rows.start : rows.stop] if len(image.shape) > 2 else proxy)
+        rows = row_range(slices, shape[-1])
+        proxy, wanted = image.dataobj, slice(rows.start, rows.stop)
+        # Further axes have length 1 here; slicing the proxy reads no more than is wanted.
+        array = np.asarray(proxy[:, :, :, wanted] if echoes else proxy[:, :, wanted] if len(image.shape) > 2 else proxy)
         array = array.reshape(shape[0], shape[1], -1)
         header = image.header
         zooms = [float(z) for z in header.get_zooms()[:3]] + [1.0] * 3
         placed = int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0
-        affine = np.asarray(image.affine, dtype=np.float64)
+        affine = np.array(image.affine, dtype=np.float64)
+        affine[:3, 2] *= not echoes
         sane = placed and bool(np.isfinite(affine).all())
         positive = all(np.isfinite(z) and z > 0 for z in zooms[:3])
         geometry = Geometry(
@@ -70,7 +76,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _header(f: BinaryIO, path: Path) -> tuple[Nifti1Image, tuple[int, ...]]:
-    """The image, its values unread, and its shape of two or three axes."""
+    """The image, its values unread, and its shape: two or three axes, or four of one slice."""
     import nibabel
 
     start = f.read(12)
@@ -87,6 +93,8 @@ def _header(f: BinaryIO, path: Path) -> tuple[Nifti1Image, tuple[int, ...]]:
         shape, max(dtype.itemsize, 4), path.stat().st_size, file=path, key="image",
         ratio=200 if packed else 1000, above=2**29 if packed else 4 * 2**30,
     )  # fmt: skip
+    if len(shape) > 3 and shape[2] == 1 and set(shape[4:]) <= {1} and shape[3] > 1:
+        return image, shape[:4]
     if len(shape) > 3 and set(shape[3:]) != {1}:
         raise errors.UnsupportedLayout(
             f"found {len(shape)} axes, shape {shape}, expected one volume", file=path, key="image",
@@ -108,7 +116,12 @@ def write(
     x = what.image if isinstance(what, Reconstruction) else what.data
     magnitude = (x.abs() if x.is_complex() else x).to(torch.float32).numpy(force=True)
     affine = np.array(geometry.affine) if geometry.affine else np.diag([*(geometry.voxel_size or (1, 1, 1)), 1.0])
-    image = nibabel.Nifti1Image(np.moveaxis(magnitude, 0, -1), affine)
+    array = np.moveaxis(magnitude, 0, -1)
+    if not affine[:3, 2].any():
+        normal = np.cross(affine[:3, 0], affine[:3, 1])
+        affine[:3, 2] = normal / np.linalg.norm(normal) * (geometry.voxel_size or (1, 1, 1))[2]
+        array = array[:, :, None]
+    image = nibabel.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     if not geometry.affine:  # scaling alone says nothing about the patient
         image.set_sform(None, code=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from .. import errors, files
 from .base import Dial, Reconstructor, prepare, reconstruct
 from .classical import Sense, TotalVariation, Wavelet, ZeroFilled
+from .generative import Generative
 from .hyperrecon import HyperRecon, SingleWeight
 from .metalearned import MetaLearned
 
@@ -41,10 +45,15 @@ METHODS: dict[str, type[Reconstructor]] = {
     "hyperrecon": HyperRecon,
     "single-weight": SingleWeight,
     "meta-learned": MetaLearned,
+    "generative": Generative,
 }
 
 FORMAT = 1  # of the header; a file with a larger number was written by a newer tunemri
 _MAX_BYTES = 2**32
+_MAX_TENSORS = 20_000  # that a constructor may make; ours make a few hundred
+_FACTORIES = {
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace,
+}  # fmt: skip
 
 
 def make(method: str, arguments: Mapping[str, Any] | None = None) -> Reconstructor:
@@ -94,9 +103,23 @@ def save(
         "dials": dials,
         "recipe": dict(recipe or {}),
     }
+    if proved := model.guarantees():
+        header["guarantees"] = proved
+    header["sha256"] = _checksum(header, tensors)
     with files.write_atomically(path, overwrite=overwrite) as temporary:
         # Not save_file: it replaces the file by one that only its owner may read.
         temporary.write_bytes(safetensors.torch.save(tensors, {"tunemri": json.dumps(header, sort_keys=True)}))
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a weights file says, the checksum itself apart: it tells of damage, not of who wrote it."""
+    rest = json.loads(json.dumps({key: value for key, value in header.items() if key != "sha256"}))
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def needs_weights(method: str) -> bool:
@@ -169,10 +192,34 @@ def card(path: str | Path) -> dict[str, Any]:
     return dict(header)
 
 
+class _WithinMeans(TorchFunctionMode):
+    """While a network is built from a file's header, nothing much larger than the file is allocated.
+
+    The header is a stranger's: it may ask for ten billion stages. Sizes are looked at before memory is taken.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.tensors = numbers, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FACTORIES:
+            given = [*args, (kwargs or {}).get("size", ())]
+            sizes = [n for a in given for n in (a if isinstance(a, tuple | list) else [a]) if isinstance(n, int)]
+            self.tensors += 1
+            # The network that a hypernetwork writes its weights into is no larger than its last layer.
+            if math.prod(sizes) > 4 * self.numbers + 10**6 or self.tensors > _MAX_TENSORS:
+                raise errors.WrongModel(f"a network far larger than the {self.numbers} numbers in the file")
+        return func(*args, **(kwargs or {}))
+
+
 def _read(path: Path) -> Reconstructor:
     header = card(path)
+    with safe_open(path, "pt") as f:
+        numbers = sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118 (not a mapping)
     try:
-        model = make(header["method"], header["arguments"])
+        with _WithinMeans(numbers):
+            model = make(header["method"], header["arguments"])
     except Exception as error:  # a foreign header may hold anything: words where a constructor needs numbers
         raise errors.WrongModel(
             f"its header does not fit this version: {error}", file=path, help="update tunemri"
@@ -193,9 +240,17 @@ def _read(path: Path) -> Reconstructor:
             raise errors.WrongModel(
                 f"found {tuple(value.shape)}, expected {tuple(expected[name].shape)}", file=path, key=name
             )
+        if value.is_floating_point() != expected[name].is_floating_point() or value.is_complex():
+            raise errors.WrongModel(f"found {value.dtype}, expected {expected[name].dtype}", file=path, key=name)
         if not bool(torch.isfinite(value).all()):
             raise errors.NonFinite(
                 "NaN or Inf among the weights", file=path, key=name, help="download or train it again"
             )
+    if header.get("sha256", mark := _checksum(header, tensors)) != mark:  # files of earlier versions have none
+        raise errors.UnreadableFile(
+            "changed after it was saved: the checksum in its header differs",
+            file=path,
+            help="copy or download it again",
+        )
     model.load_state_dict({name: value.to(expected[name].dtype) for name, value in tensors.items()})
     return model.eval()

@@ -7,7 +7,8 @@ In each phase t a network proposes u. It is taken if both
 
     ‖∇φ(x)‖ ≤ a ‖u − x‖    and    φ(u) ≤ φ(x) − ‖u − x‖² / a
 
-hold; otherwise v = x − α∇φ(x) is, with α halved until the second one holds for v. Where the gradient has become small
+hold; otherwise x waits for the next proposal, which goes on from u, and after the last one (in the paper, at once)
+v = x − α∇φ(x) is taken, with α halved until the second one holds for v. Where the gradient has become small
 against ε, ε shrinks. Whatever the network proposes, Ψ = φ + κ m ε (m pixels) never increases, and over enough phases
 the gradient goes to zero. Every reconstruction carries the record of this, its certificate, in `stats`.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ class Step:
 
     Arguments:
         before, proposed, after: the points x, u and x⁺.
-        branch: 0 where the sample had stopped, 1 where u was taken, 2 where v was, 3 where a part of u was.
+        branch: 0 where the sample had stopped, 1 where u was taken, 2 where v was, 3 where a part of u was, 4 where x
+            stayed what it was, because the next proposal is still to come.
         trials: of the line search.
         psi: Ψ at x⁺, with the new ε.
         epsilon: in this phase.
@@ -272,12 +274,22 @@ class MetaLearned(Reconstructor):
         """The measured sampling ratio, as far as it is within the tasks; the learned weight."""
         if len(self.tasks) < 2:
             return {"kappa": 1.0}
+        A, y = A.preconditioned(y)
         ratio = float(sampling_ratio(y, A).mean())
         return {"task": min(max(ratio, self.tasks[0]), self.tasks[-1]), "kappa": 1.0}
 
     def task_parameters(self) -> list[nn.Parameter]:
         """What belongs to tasks and not to θ: ω."""
         return [p for p in (self.omega, self.noisiness) if p is not None]
+
+    @torch.no_grad()
+    def move_task(self, shift: float) -> None:
+        """ω + shift for every task: the curve over sampling ratios keeps its form."""
+        if self.omega is None:
+            super().move_task(shift)
+            return
+        # Where ω falls by construction, the first is followed by all others.
+        (self.omega[:1] if self.monotone else self.omega).add_(shift / _SPEED)
 
     def kappa(self, ratio: Tensor, y: Tensor) -> Tensor:
         """κ = σ(ω) for sampling ratios `(B,)` and data y, `(B,)`: ω linear between tasks, constant beyond."""
@@ -305,9 +317,11 @@ class MetaLearned(Reconstructor):
         self, y: Tensor, A: LinearOperator, *, task: float | Tensor | None = None, kappa: float | Tensor = 1.0
     ) -> Reconstruction:
         """Reconstruct; `task` (default: the measured ratio) and `kappa` may be `(B,)`, one per sample."""
-        ratio = sampling_ratio(y, A) if task is None else _row(task, y)
-        weight = self.kappa(ratio, y) * _row(kappa, y)
-        first, trace = self.descend(y, A, weight)
+        # Of samples off the grid, AᴴA is then near the identity, as it is on one; ‖A‖² stays below 2.
+        weighted, root_y = A.preconditioned(y)
+        ratio = sampling_ratio(root_y, weighted) if task is None else _row(task, y)
+        weight = self.kappa(ratio, root_y) * _row(kappa, y)
+        first, trace = self.descend(root_y, weighted, weight)
         x = trace[-1].after.x
         used = {"task": _plain(ratio if task is None else task), "kappa": _plain(kappa)}
         used = {name: used[name] for name in self.dials}
@@ -330,11 +344,14 @@ class MetaLearned(Reconstructor):
         first = _psi(point, objective)
         stopped = torch.zeros(len(y), dtype=torch.bool, device=y.device)
         trace: list[Step] = []
+        ahead = point
         for t in range(self.alpha.numel() if phases is None else phases):
             if self.training and self.training_plan.checkpoint:
-                step, objective = checkpoint(self._phase, t, point, objective, stopped, use_reentrant=False)
+                step, ahead, objective = checkpoint(
+                    self._phase, t, point, ahead, objective, stopped, use_reentrant=False
+                )
             else:
-                step, objective = self._phase(t, point, objective, stopped)
+                step, ahead, objective = self._phase(t, point, ahead, objective, stopped)
             trace.append(step)
             point = step.after
             failed = (step.branch == 2) & (step.trials == self.rule.trials + 1)
@@ -343,14 +360,20 @@ class MetaLearned(Reconstructor):
                 break
         return first, trace
 
-    def _phase(self, t: int, point: Point, objective: Objective, stopped: Tensor) -> tuple[Step, Objective]:
-        """One phase, and the objective of the next, whose ε may be smaller."""
+    def _phase(
+        self, t: int, point: Point, ahead: Point, objective: Objective, stopped: Tensor
+    ) -> tuple[Step, Point, Objective]:
+        """One phase from x, where the next proposal starts, and the objective of the next phase, whose ε may be smaller.
+
+        The U-Nets go on from `ahead`, what they proposed last, taken or not, while x waits: a step up on the way to a
+        lower place is not the end of the way. The paper's proposal starts at x, and v follows where it is refused.
+        """
         last = self.alpha.numel() - 1
         alpha = 2 * self.alpha[min(t, last)].sigmoid()
         beta = self.beta[min(t, last)].exp()
         proposed, accepted = None, torch.zeros_like(stopped)
         if t <= last:
-            u, seen = self._propose(t, point, objective, alpha, alpha * beta / (alpha + beta))
+            u, seen = self._propose(t, ahead, objective, alpha, alpha * beta / (alpha + beta))
             proposed = replace(objective.at(u), seen=seen)
             accepted = self._accept(point, proposed) & ~stopped
         branch, trials = accepted.long(), torch.zeros_like(stopped, dtype=torch.int64)
@@ -368,20 +391,25 @@ class MetaLearned(Reconstructor):
                     branch[b] = 1 if share == 1 else 3
                     rows[b] = proposed.x[some] if share == 1 else torch.lerp(point.x[some], proposed.x[some], share)
                     continue
+                if self.stages is not None and t < last:
+                    branch[b] = 4  # a step along ∇φ would lower the bar for the proposals that are still to come
+                    continue
                 branch[b] = 2
                 step, trials[b] = self._search(point, objective.sample(b), b, float(alpha.detach()))
                 rows[b] = rows[b] - step * point.gradient[some]
             after = objective.at(torch.cat(rows))
-            if proposed is not None:
-                after = replace(after, seen=torch.where((branch % 2 == 1)[:, None, None], proposed.seen, after.seen))
         epsilon, following = objective.epsilon, self._reduced(after, objective, stopped)
+        ahead = after if self.stages is None or proposed is None else proposed
         if following is not objective:
+            # With another ε, all but the place is another.
+            same = ahead is after
             after = replace(following.at(after.x), seen=after.seen)
+            ahead = after if same else replace(following.at(ahead.x), seen=ahead.seen)
         step_made = Step(
             before=point, proposed=proposed, after=after, branch=branch, trials=trials,
             psi=_psi(after, following).detach(), epsilon=epsilon,
         )  # fmt: skip
-        return step_made, following
+        return step_made, ahead, following
 
     def _propose(self, t: int, point: Point, objective: Objective, alpha: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         """u, and the data gradient that the next proposal will be shown."""
@@ -468,6 +496,18 @@ class MetaLearned(Reconstructor):
         }
 
     @torch.no_grad()
+    def guarantees(self) -> dict[str, Any]:
+        """`constants` of each task on images of 256×256, at the learned κ (for noise of 0.01 of the signal) and first ε."""
+        ratios = torch.tensor(self.tasks or [1.0])
+        kappa = self.kappa(ratios, torch.full((len(ratios), 1, 1, 1), 0.01))
+        epsilon = float(self.epsilon.exp())
+        rows = [
+            {"ratio": ratio, "kappa": value, **self.constants((256, 256), value, epsilon)}
+            for ratio, value in zip(self.tasks or (1.0,), kappa.tolist(), strict=True)
+        ]
+        return {"epsilon": epsilon, "guarded": self.guarded, "rule": asdict(self.rule), "tasks": rows}
+
+    @torch.no_grad()
     def _certificate(self, first: Tensor, trace: list[Step], kappa: Tensor, residual: Tensor) -> list[dict[str, Any]]:
         """Of each sample, JSON-ready: Ψ from x₀ on, the branch and trials of each phase, what is left at the end."""
         psi = torch.stack([first.detach(), *(step.psi for step in trace)], 1)
@@ -475,7 +515,7 @@ class MetaLearned(Reconstructor):
         trials = torch.stack([step.trials for step in trace], 1)
         end = trace[-1].after
         gradient = _norm(end.gradient) / math.sqrt(end.x[0].numel())
-        words = ("stopped", "proposed", "gradient", "damped")
+        words = ("stopped", "proposed", "gradient", "damped", "waited")
         return [
             {
                 "kappa": float(kappa[b]),
@@ -505,7 +545,8 @@ class MetaLearned(Reconstructor):
         follows them. The constructor's `training` holds the numbers, see `_Training`.
         """
         plan, upper = self.training_plan, example.upper
-        if plan.bilevel == "joint" or upper is None:
+        # Without a task weight there is no upper level: its samples are some more.
+        if plan.bilevel == "joint" or upper is None or not self.task_parameters():
             total = self._level(example)
             if upper is not None:
                 total = (total + self._level(upper)) / 2
@@ -564,8 +605,8 @@ class _Training:
         log: the logarithm of the squared error, so that every sample pulls alike; otherwise the error itself.
         deep: weight of the proposal of phase t over that of phase t + 1; 0: only the last image counts.
         hinge, slack, margin: c, s and margin of `MetaLearned.loss`; s above 1 and margin above 0 leave room to the tests.
-        enforce: steps before the guard is in force: until then every proposal is taken, or most would be refused, and
-            all later phases would train on images that they will never see.
+        enforce: steps before the guard is in force: until then every proposal is taken, or the last image, which counts
+            most, would seldom be the network's own.
         first, stair: begin with `first` phases and add one every `stair` steps; 0: all from the start.
         bilevel: "alternate": θ descends L and ω L_upper; "penalty": both descend L_upper + λ/2 ‖∇_θ L‖², λ beginning at
             `penalty` and growing by `growth` a step, which takes second derivatives (activation "squareplus"); or

@@ -30,19 +30,24 @@ from ..methods.base import Dial, Reconstructor
 from ..metrics import METRICS, score
 from ..operators import encoding
 from ..scan import Reconstruction, Scan, select
-from ..tuning import RangeBasis, range_basis
+from ..tuning import RangeBasis, choose, range_basis
 
 __all__ = ["Answer", "Desk", "Request", "Session", "Source", "Stopped", "pack"]
 
 Reply = Callable[["Answer"], None]
 
 _SCORES = ("psnr", "ssim", "mae", "hfen")
-_SLOTS = ("a", "b", "kspace", "reference", "range", "export", *(f"row{i}" for i in range(16)))
-_BACK = ("range", "export")  # answered by the back thread
+_SLOTS = ("a", "b", "kspace", "reference", "range", "choose", "export", *(f"row{i}" for i in range(16)))
+_BACK = ("range", "choose", "export")  # answered by the back thread
+# Of `tuning.choose`: those that need no reference and give one setting.
+_CRITERIA = ("heldout-kspace", "discrepancy", "sure")
 _CACHE_BYTES = 2**29
 _RANGE_DB = 60.0  # how far below the maximum a preview's error should lie
 _MOST = {1: (33, 9), 2: (81, 25)}  # settings of a range by the number of dials, of quick methods and of slow ones
 _SLOW = 1.0  # seconds a reconstruction
+_IDLE = 20.0  # seconds without work after which the threads end
+_MOST_SAMPLES = 16  # draws that go to the page
+_MOST_STATS = 100_000  # characters of a method's numbers that go to the page
 
 
 class Stopped(Exception):
@@ -84,13 +89,20 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One checked message: which slot asks, its running number, and what for."""
+    """One checked message: which slot asks, its running number, and what for.
+
+    Arguments:
+        coil: of the k-space to be shown; None: all of them.
+        by: the criterion to choose by.
+    """
 
     slot: str
     number: int
     model: int = 0
     slice: int = 0
     dials: Mapping[str, float | str] = field(default_factory=dict)
+    coil: int | None = None
+    by: str = _CRITERIA[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ class Session:
         self.state: dict[str, Any] = {}
         self._slices: dict[int, Scan] = {}
         self._images: OrderedDict[tuple[Any, ...], tuple[Reconstruction, dict[str, float], float]] = OrderedDict()
-        self._took: dict[int, float] = {}
+        self._took: dict[tuple[Any, ...], float] = {}
         self._ranges: dict[tuple[Any, ...], RangeBasis] = {}
         self._lock = threading.Lock()
 
@@ -166,7 +178,7 @@ class Session:
                 "slices": len(self.scan), "shape": [h, w], "coils": self.scan.coils,
                 "aspect": voxel[0] / voxel[1] if voxel else 1.0, "voxel": voxel, "letters": letters(self.scan),
                 "acceleration": self.scan.acceleration, "provenance": self.scan.provenance,
-                "reference": self.reference is not None,
+                "reference": self.reference is not None, "criteria": self._criteria(),
                 "metrics": {n: {"label": METRICS[n].label, "unit": METRICS[n].unit, "higher": METRICS[n].higher_is_better}
                             for n in _SCORES} if self.reference is not None else {},
                 "source": None if source is None else {
@@ -182,16 +194,21 @@ class Session:
         Raises:
             BadOption: anything that is not exactly a request.
         """
-        if not isinstance(message, dict) or not set(message) <= {"slot", "number", "model", "slice", "dials"}:
+        known = {"slot", "number", "model", "slice", "dials", "coil", "by"}
+        if not isinstance(message, dict) or not set(message) <= known:
             raise errors.BadOption("not a request", key="message")
-        slot, number = message.get("slot"), message.get("number")
+        slot, number, coil = message.get("slot"), message.get("number"), message.get("coil")
+        by = message.get("by", _CRITERIA[0])
         model, index, dials = message.get("model", 0), message.get("slice", 0), message.get("dials", {})
         if slot not in _SLOTS:
             raise errors.BadOption("no such slot", key="slot")
+        if by not in _CRITERIA:
+            raise errors.BadOption("no such criterion", key="by")
         for name, value, top in (
             ("number", number, 2**53),
             ("model", model, len(self.contestants)),
             ("slice", index, len(self.scan)),
+            ("coil", 0 if coil is None else coil, self.scan.coils),
         ):
             if type(value) is not int or not 0 <= value < top:
                 raise errors.BadOption(f"expected a whole number in [0, {top})", key=name)
@@ -199,7 +216,9 @@ class Session:
             raise errors.BadOption("expected name → number or word", key="dials")
         c = self.contestants[model]
         checked = c.model.check_dials({**c.dials, **dials})
-        return Request(slot=slot, number=int(number or 0), model=model, slice=index, dials=checked)
+        return Request(
+            slot=slot, number=int(number or 0), model=model, slice=index, dials=checked, coil=coil, by=by
+        )  # fmt: skip
 
     def note(self, message: Any) -> None:
         """Where a client's dials are and what it keeps, checked like a request; `state` holds the last of it.
@@ -245,10 +264,12 @@ class Session:
         arrays = {"image": _pairs(out.image[0])}
         if out.variance is not None:
             arrays["std"] = out.variance[0].clamp(min=0).sqrt().float().cpu().numpy()
+        if out.samples is not None:
+            arrays["samples"] = out.samples[0, :_MOST_SAMPLES].abs().float().cpu().numpy()
         facts = {
             "type": "image", "seconds": seconds, "status": out.status, "metrics": scores,
             "residual": None if out.residual is None else float(out.residual.mean()),
-            "noise": self._expected(request.slice),
+            "noise": self._expected(request.slice), "stats": _numbers(out.stats),
         }  # fmt: skip
         return Answer(head=common | facts, arrays=arrays)
 
@@ -269,7 +290,7 @@ class Session:
         start = time.perf_counter()
         model = copied or self.contestants[request.model].model
         out = reconstruct(self._cut(request.slice), model, **dict[str, Any](request.dials))
-        self._took[request.model] = seconds = time.perf_counter() - start
+        self._took[self._choices(request)] = seconds = time.perf_counter() - start
         found = (out, self._scores(out.image, request.slice), seconds)
         with self._lock:
             self._images[key] = found
@@ -303,14 +324,14 @@ class Session:
         Raises:
             BadOption: the method has no dial with a range.
         """
-        contestant = self.contestants[request.model]
-        fixed = {n: v for n, v in request.dials.items() if contestant.model.dials[n].choices}
-        key = (request.model, request.slice, fine, *fixed.items())
+        model = self.contestants[request.model].model
+        fixed = self._fixed(request)
+        key = (request.slice, fine, *self._choices(request))
         if key not in self._ranges:
-            model = copy.deepcopy(contestant.model)  # weights are swapped in while a network runs: never share one
+            model = copy.deepcopy(model)  # weights are swapped in while a network runs: never share one
             count = sum(1 for d in model.dials.values() if not d.choices)
             quick, slow = _MOST.get(count, (81, 27))
-            most = (slow if self._took.get(request.model, 0.0) > _SLOW else quick) if fine else 3**count
+            most = (slow if self._took.get(self._choices(request), 0.0) > _SLOW else quick) if fine else 3**count
             start = time.perf_counter()
 
             def progress(done: int, _: int) -> None:
@@ -325,6 +346,25 @@ class Session:
                     grid=None if fine else 3, most=most, rank_db=_RANGE_DB,
                 )  # fmt: skip
         return self._ranges[key]
+
+    def chosen(self, request: Request, tell: Reply, stop: threading.Event, free: threading.Event) -> Answer:
+        """What `tunemri choose --slice` chooses, and why; words stay as they are. Runs in the back.
+
+        Raises:
+            BadOption: nothing to choose, or a criterion that does not apply.
+        """
+        model, fixed = copy.deepcopy(self.contestants[request.model].model), self._fixed(request)
+        common = {"slot": "choose", "number": request.number, "model": request.model, "slice": request.slice}
+        start = time.perf_counter()
+
+        def progress(done: int, _: int) -> None:
+            each = (time.perf_counter() - start) / done
+            tell(Answer(head={"type": "progress", **common, "done": done, "each": each, "final": True}))
+
+        with _Between(stop, free), torch.no_grad():
+            choice = choose(self._cut(request.slice), model, by=request.by, fixed=fixed, progress=progress)
+        facts = {"type": "choice", "by": choice.by, "dials": dict(choice.dials), "reason": choice.reason}
+        return Answer(head=common | facts)
 
     def landscape(self, basis: RangeBasis, request: Request) -> dict[str, list[float | None]]:
         """Residual and metrics at each setting of the basis's grid, name → values, the last dial fastest.
@@ -344,6 +384,21 @@ class Session:
         return found
 
     # ------------------------------------------------------------ parts of answers
+
+    def _fixed(self, request: Request) -> dict[str, float | str]:
+        """The dials that are words: they have no range."""
+        dials = self.contestants[request.model].model.dials
+        return {n: v for n, v in request.dials.items() if dials[n].choices}
+
+    def _choices(self, request: Request) -> tuple[Any, ...]:
+        """What a range belongs to, and how long an image takes."""
+        return (request.model, *self._fixed(request).items())
+
+    def _criteria(self) -> list[str]:
+        """By what a setting of this scan can be chosen without a reference."""
+        off_grid = {"discrepancy", "sure"} if self.scan.mask is None else set()
+        unknown = {"sure"} if not self.scan.noise_std else set()
+        return [name for name in _CRITERIA if name not in off_grid | unknown]
 
     def _cut(self, index: int) -> Scan:
         """One slice, with coil maps: estimated once, as the command line does for that slice."""
@@ -385,36 +440,63 @@ class Session:
         return Answer(head=common | facts, arrays={"image": _pairs(pad(truth, self.scan.image_shape))})
 
     def _kspace(self, request: Request, common: dict[str, Any]) -> Answer:
-        """|k-space| of the image, the residual where something was measured, and both as means over rings."""
+        """|k-space| of the image, the residual where something was measured, and both as means over rings.
+
+        Of all coils, as the root of the sum of squares, or of one.
+        """
         out, _, _ = self.image(request)
         one = self._cut(request.slice)
         x = out.image.to(one.kspace.dtype)
-        full = fft2(x[:, None] * one.csm if one.csm is not None else x[:, None])
+        coils = slice(None) if request.coil is None else slice(request.coil, request.coil + 1)
+        full = fft2(x[:, None] * one.csm[:, coils] if one.csm is not None else x[:, None])
         arrays = {"image": _rss(full)}
         facts: dict[str, Any] = {
             "type": "kspace",
             "residual": float(out.residual.mean()) if out.residual is not None else None,
+            "noise": self._expected(request.slice),
+            "coil": request.coil,
         }
         if one.trajectory is None and one.mask is not None:
-            misfit = (full - one.kspace) * one.mask
+            misfit = (full - one.kspace[:, coils]) * one.mask
             mask = one.mask.expand(1, 1, *one.image_shape)[0, 0].float()
             arrays |= {"misfit": _rss(misfit), "mask": mask.numpy()}
-            rings, count = _rings(one.image_shape), _sums(mask, _rings(one.image_shape))
+            rings = _rings(one.image_shape)
+            count = _sums(mask, rings)
             mean = [_sums(m[0].abs().square().sum(0) * mask, rings) for m in (full, misfit)]
-            safe = count.clamp(min=1) * one.coils
+            safe = count.clamp(min=1) * full.shape[1]
             facts["rings"] = {
                 "signal": [float(v) for v in (mean[0] / safe).sqrt()],
                 "misfit": [float(v) for v in (mean[1] / safe).sqrt()],
                 "samples": [int(v) for v in count],
                 "noise": one.noise_std,
             }
-        facts["noise"] = self._expected(request.slice)
         return Answer(head=common | facts, arrays=arrays)
 
     def _scale(self, index: int) -> float:
         scale = self._cut(index).scale
         assert scale is not None
         return float(scale[0])
+
+
+def _numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method counted, of this one slice, as far as JSON and a page can hold it."""
+    import json
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        if hasattr(value, "tolist"):
+            return plain(value.tolist())
+        if isinstance(value, float):
+            return _finite(value)
+        return value if value is None or isinstance(value, bool | int) else str(value)
+
+    found = {str(k): plain(v) for k, v in stats.items()}
+    # Methods count per slice; here there is one.
+    found = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in found.items()}
+    return {k: v for k, v in found.items() if len(json.dumps(v)) <= _MOST_STATS}
 
 
 def range_facts(basis: RangeBasis, step: float = 0.0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -515,6 +597,8 @@ class _Job:
 class Desk:
     """Two threads that answer requests; in front the newest of each owner's slots wins, behind them the range is made.
 
+    The threads begin with the first request and end when there has been nothing to do for a while.
+
     Answers are told from these threads. An error becomes an answer of type "error"; nothing is ever left unanswered
     but a request that a newer one replaced.
     """
@@ -527,9 +611,7 @@ class Desk:
         self._free = threading.Event()
         self._free.set()
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, args=(back,), daemon=True) for back in (False, True)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: dict[bool, threading.Thread] = {}
 
     def ask(self, owner: object, request: Request, tell: Reply) -> None:
         """Queue a request; an older one of the same owner and slot is dropped, and stopped if it takes long.
@@ -539,6 +621,10 @@ class Desk:
         back, key = request.slot in _BACK, (owner, request.slot)
         with self._changed:
             self._waiting[back][key] = _Job(request, tell)
+            if back not in self._threads and not self._closed:
+                name = f"tunemri-{'back' if back else 'front'}"
+                self._threads[back] = threading.Thread(target=self._work, args=(back,), name=name, daemon=True)
+                self._threads[back].start()
             if not back:
                 self._free.clear()
             if (running := self._running[back]) is not None:
@@ -574,7 +660,8 @@ class Desk:
                     running[1].stop.set()
             self._free.set()
             self._changed.notify_all()
-        for thread in self._threads:
+            threads = list(self._threads.values())
+        for thread in threads:
             thread.join(10)
 
     def _give_way(self) -> None:
@@ -586,8 +673,8 @@ class Desk:
             with self._changed:
                 self._running[back] = None
                 self._give_way()
-                self._changed.wait_for(lambda: self._closed or bool(self._waiting[back]))
-                if self._closed:
+                if not self._changed.wait_for(lambda: self._closed or bool(self._waiting[back]), _IDLE) or self._closed:
+                    del self._threads[back]  # the next request starts another
                     return
                 key, job = self._waiting[back].popitem(last=False)
                 self._running[back] = (key, job)
@@ -602,6 +689,8 @@ class Desk:
     def _do(self, job: _Job, back: bool) -> None:
         if job.request.slot == "range":
             self.session.ranges(job.request, job.tell, job.stop, self._free)
+        elif job.request.slot == "choose":
+            job.tell(self.session.chosen(job.request, job.tell, job.stop, self._free))
         elif job.request.slot == "export":
             from .offline import page
 

@@ -78,6 +78,12 @@ class View:
             self._widget = _widget(anywidget.AnyWidget, self.session)
         return self._widget
 
+    def close(self) -> None:
+        """Stop what is being computed, end the threads and take the widget away; shown again, it begins anew."""
+        if self._widget is not None:
+            self._widget.close()
+            self._widget = None
+
     def picture(self) -> bytes:
         """A still picture as PNG: each method at its own setting, on the middle slice."""
         session, middle = self.session, len(self.session.scan) // 2
@@ -114,6 +120,10 @@ def _widget(base: Any, session: Session) -> Any:
         _esm = static("viewer.js")
         _css = static("viewer.css")
 
+        def close(self) -> None:
+            desk.close()
+            super().close()
+
     widget = Viewer()
 
     def tell(answer: Answer) -> None:
@@ -123,6 +133,8 @@ def _widget(base: Any, session: Session) -> Any:
         try:
             if isinstance(content, dict) and "hello" in content:
                 tell(session.about())
+            elif isinstance(content, dict) and "bye" in content:
+                desk.stop(widget)
             elif isinstance(content, dict) and "stop" in content:
                 desk.stop(widget, str(content["stop"]))
             elif isinstance(content, dict) and "state" in content:

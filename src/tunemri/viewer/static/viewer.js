@@ -46,6 +46,14 @@ function quantile(plane, q) {
   return some[Math.round(q * (some.length - 1))];
 }
 
+function moments(values) {
+  let sum = 0, square = 0;
+  for (const v of values) sum += v;
+  const mean = sum / values.length;
+  for (const v of values) square += (v - mean) ** 2;
+  return {mean, sd: Math.sqrt(square / Math.max(1, values.length - 1)), count: values.length};
+}
+
 // The range of a method: any setting rebuilt from a mean and a few components, without a network or a model.
 export class Range {
   constructor({names, axes, steps, arrays, ...facts}, dials) {
@@ -85,6 +93,21 @@ export class Range {
       if (a) for (let i = 0; i < out.length; i++) out[i] += a * part[i];
     }
     return out;
+  }
+
+  // Mean and standard deviation of the magnitude over some pixels.
+  probe(where, pixels) {
+    const c = this.weights(where), m = new Float32Array(pixels.length);
+    pixels.forEach((i, k) => {
+      let re = this.mean[2 * i], im = this.mean[2 * i + 1];
+      for (let r = 0; r < this.rank; r++) {
+        const a = c[r] * this.steps[r + 1];
+        re += a * this.pictures[r + 1][2 * i];
+        im += a * this.pictures[r + 1][2 * i + 1];
+      }
+      m[k] = Math.sqrt(re * re + im * im);
+    });
+    return moments(m);
   }
 
   // Root mean square difference of two settings, from coefficients alone: the components are orthonormal.
@@ -158,6 +181,8 @@ const GREY = ramp("#000000", "#ffffff"), INVERTED = ramp("#ffffff", "#000000");
 const SIGNED = ramp("#9fd8ff", "#2f7fe0", "#123a73", "#000000", "#7a3a08", "#f0831e", "#ffd9a0");  // as plots.SIGNED
 SIGNED.fill(0xff000000, 127, 129);  // equal is black, and nothing else
 const CIVIDIS = ramp("#00204d", "#17366c", "#414d6b", "#666970", "#8b8779", "#b3a772", "#ddc95f", "#ffea46");
+const BLACK_FIRST = CIVIDIS.slice();
+BLACK_FIRST[0] = 0xff000000;
 const CYCLIC = ramp("#e2d9e2", "#95b5c7", "#6276ba", "#5e3c9e", "#2f1436", "#7b2150", "#b0555a", "#cca389", "#e2d9e2");
 
 const PARTS = {
@@ -245,30 +270,37 @@ export function npy(data, shape) {
 }
 
 const HELP = [
-  ["drag", "window (across) and level (up and down), all panes"], ["double click", "automatic window"],
+  ["drag", "window (across) and level (up and down), all panes"], ["ctrl+drag", "of this pane alone"], ["double click", "automatic window"],
+  ["alt+drag, o", "a circle: mean ± standard deviation in it; a click takes it away"],
   ["right drag, ctrl+wheel", "zoom"], ["middle drag, shift+drag", "move"], ["wheel", "slice, or zoom if there is one slice"],
   ["arrows", "turn the dials by 1 %; with shift by 10 %"], ["[ ] { }", "first and second dial"],
-  ["space (hold)", "flicker: B in the place of A"], ["b", "blink by itself"], ["w", "swipe A over B"],
+  ["space (hold)", "flicker: B in the place of A"], ["b", "blink by itself: 1, 2, 4 times a second, off"], ["w", "swipe A over B"],
   ["p", "pin A as B"], ["s", "swap A and B"], ["t", "reference as B"], ["u", "undo the dials"], ["k", "keep this setting"],
   ["1 … 6", "go to a picture of the gallery"], ["m g h j", "magnitude, phase, real, imaginary"], ["f", "k-space"],
-  ["d", "third pane: difference, where the dials matter, error"], ["i", "invert"], ["r", "reset the view"],
+  ["d", "third pane: difference, where the dials matter, profile, error"], ["i", "invert"], ["r", "reset the view"],
   ["n N", "next, previous slice"], ["?", "this list"],
 ];
 
 // ---------------------------------------------------------------- the viewer
 
 const TABS = ["tune", "landscape", "uncertainty", "methods", "k-space", "report"];
-const THIRD = {difference: "A − B", matters: "where the dials matter", error: "A − reference"};
+const THIRD = {difference: "A − B", matters: "where the dials matter", profile: "profile along a row", error: "A − reference"};
+const CRITERIA = {"heldout-kspace": "held-out data", discrepancy: "residual = noise", sure: "SURE"};
+const LONG = 10;  // seconds an image: a range is then made only if asked for
 const REST = 90;  // ms without a move before the exact image is asked for, where a preview is there meanwhile
 
 export class Viewer {
   constructor(root, link) {
     Object.assign(this, {root, link, tab: "tune", part: "magnitude", third: "difference", inverted: false, open: false});
     this.view = {zoom: 1, x: .5, y: .5};
-    this.window = null;
+    this.kview = {zoom: 1, x: .5, y: .5};
+    this.window = null;  // shared by both panes
+    this.own = {};  // a window of one pane alone
     this.gain = 1;
+    this.roi = null;  // centre and radius in pixels
     this.ranges = new Map();
     this.exact = new Map();
+    this.seconds = new Map();  // that an image takes, by method and choices
     this.kept = [];
     this.past = [];
     this.trail = [];
@@ -290,7 +322,7 @@ export class Viewer {
       if (!open) this.root.replaceChildren(h("p", {className: "lost"}, why || "Connecting …"));
       return;
     }
-    this.progressing = null;
+    this.progressing = this.choosing = null;
     this.banner.hidden = open;
     this.banner.textContent = open ? "" : `${why || "Lost the server, retrying."} Dials show previews.`;
     for (const w of [this.a, this.b, ...this.rows]) w.number = 0;  // what was asked before is not coming any more
@@ -299,7 +331,7 @@ export class Viewer {
   receive(answer) {
     if (answer.type === "about") return this.meet(answer);
     const take = this[{image: "image", range: "range", scores: "scores", progress: "progress", kspace: "kspace",
-      error: "failed", refused: "failed", stopped: "halted", export: "exported"}[answer.type]];
+      error: "failed", refused: "failed", stopped: "halted", export: "exported", choice: "choice"}[answer.type]];
     if (take && this.about) take.call(this, answer);
   }
 
@@ -343,12 +375,13 @@ export class Viewer {
     this.remember(frame);
     const newest = keyOf(frame) === keyOf(well.want);
     if (well.number === answer.number) { well.number = 0; well.error = null; }
-    this.seconds = this.seconds || {};
-    this.seconds[answer.model] = answer.seconds;
+    this.seconds.set(this.rangeKey(answer.model, "", answer.dials), answer.seconds);
+    if (this.rangeWaits && well === this.a && newest) this.askRange();
     if (well.truth || elsewhere || (!newest && this.matches(well))) return;
     well.frame = frame;
     this.redraw();
-    if (well === this.a && this.tab === "k-space") this.send("kspace", this.a.want);
+    if (well === this.a && this.tab === "k-space") this.askKspace();
+    if (well === this.a && this.tab === "report") this.buildReport();
   }
 
   remember(frame) {
@@ -384,11 +417,26 @@ export class Viewer {
     this.redraw();
   }
 
-  progress(answer) { this.progressing = answer; this.dirty.add("facts"); this.later(); }
+  progress(answer) {
+    if (answer.slot !== "choose") this.progressing = answer;
+    else if (this.choosing?.number === answer.number) this.choosing = {...this.choosing, ...answer};
+    this.dirty.add("facts");
+    this.later();
+  }
+
+  choice({number, model, slice, dials, by, reason}) {
+    if (this.choosing?.number !== number) return;
+    this.choosing = null;
+    if (model !== this.a.want.model || slice !== this.slice) return this.say("chosen, but for another method or slice");
+    this.turn(Object.fromEntries(numeric(this.dials()).map(n => [n, Number(dials[n].toPrecision(4))])));
+    this.picked = {key: keyOf(this.a.want), text: `${CRITERIA[by]}: ${reason}`};
+    this.redraw();
+  }
 
   failed(answer) {
     const well = this.well(answer.slot);
     if (answer.slot === "range" && answer.number === this.rangeNumber) { this.progressing = null; this.unmade = `no range: ${answer.what}`; }
+    if (answer.slot === "choose") this.choosing = null;
     if (well && well.number === answer.number) well.number = 0;
     if (well) well.error = answer.what + (answer.help && !answer.what.includes(answer.help) ? `; ${answer.help}` : "");
     else this.say(answer.what);
@@ -398,15 +446,18 @@ export class Viewer {
   halted(answer) {
     const well = this.well(answer.slot);
     if (well && well.number === answer.number) well.number = 0;
+    if (well === this.a && this.rangeWaits) this.unmade = "no range yet";
     // One that a newer request replaced is not worth a word.
     if (answer.slot === "range" && answer.number === this.rangeNumber) { this.progressing = null; this.unmade = "the range was stopped"; }
+    if (answer.slot === "choose" && answer.number === this.choosing?.number) this.choosing = null;
     this.redraw();
   }
 
   // ---------------------------------------------------------- asking
 
-  send(slot, want, number = ++this.number) {
-    if (this.open) this.link.send({slot, number, model: want.model, slice: want.slice, dials: want.dials});
+  send(slot, want, more = {}) {
+    const number = ++this.number;
+    if (this.open) this.link.send({slot, number, model: want.model, slice: want.slice, dials: want.dials, ...more});
     return number;
   }
 
@@ -447,10 +498,15 @@ export class Viewer {
 
   rangeOf(want) { return this.ranges.get(this.rangeKey(want.model, want.slice, want.dials)); }
 
-  askRange(want = this.a.want, delay = 300) {
+  // Not before the first image: it tells how long the range will take.
+  askRange(want = this.a.want, delay = 300, anyway = false) {
     clearTimeout(this.rangeTimer);
     this.unmade = "";
+    this.rangeWaits = false;
     if (this.link.offline || !numeric(this.about.models[want.model].dials).length || this.rangeOf(want)?.final) return;
+    const each = this.seconds.get(this.rangeKey(want.model, "", want.dials));
+    if (!anyway && each === undefined) { this.rangeWaits = want === this.a.want; return; }
+    if (!anyway && each > LONG) { this.unmade = `no range yet: ${each.toFixed(0)} s a setting`; return; }
     this.rangeTimer = setTimeout(() => { this.rangeNumber = this.send("range", want); }, delay);
   }
 
@@ -469,6 +525,13 @@ export class Viewer {
     this.refresh(well);
     if (before !== this.rangeKey(well.want.model, well.want.slice, well.want.dials)) this.askRange(well.want);
     this.note();
+  }
+
+  // A setting without ground truth, by the criterion of the menu.
+  choose() {
+    if (!numeric(this.dials()).length) return this.say("this method has nothing to set");
+    this.choosing = {done: 0, number: this.send("choose", this.a.want, {by: this.criterion.value})};
+    this.redraw();
   }
 
   nudge(index, by) {
@@ -527,7 +590,7 @@ export class Viewer {
   }
 
   keep() {
-    const note = "";
+    const note = this.picked?.key === keyOf(this.a.want) ? this.picked.text.slice(0, 500) : "";
     this.kept.push({...structuredClone(this.a.want), note});
     this.buildKept();
     this.keptList.querySelector("li:last-child input")?.focus();
@@ -591,27 +654,40 @@ export class Viewer {
     return frame.planes[this.part] ||= planeOf(frame.data, this.part);
   }
 
+  // The same window for both panes, or one for each where the switch says so.
   autoWindow() {
+    const of = ({data}) => {
+      const m = planeOf(data, "magnitude");
+      return {lo: quantile(m, .005), hi: quantile(m, .995) || 1};
+    };
     const frame = this.a.frame || this.b.frame;
     if (!frame) return;
-    const m = planeOf(frame.data, "magnitude"), hi = quantile(m, .995) || 1;
-    this.window = {lo: quantile(m, .005), hi};
+    this.window = of(frame);
+    this.own = {};
+    if (this.perPane) for (const w of [this.a, this.b]) if (w.frame) this.own[w.slot] = of(w.frame);
     this.gain = 1;
     this.redraw();
   }
 
-  // What black and white stand for, and the colours between.
-  tones() {
-    const {lo, hi} = this.window || {lo: 0, hi: 1}, grey = this.inverted ? INVERTED : GREY;
+  togglePerPane() {
+    this.perPane = !this.perPane;
+    this.perPaneButton.classList.toggle("on", this.perPane);
+    this.autoWindow();
+  }
+
+  // What black and white stand for, and the colours between; of a pane with a window of its own, that one.
+  tones(well) {
+    const {lo, hi} = this.own[well?.slot] || this.window || {lo: 0, hi: 1}, grey = this.inverted ? INVERTED : GREY;
     if (this.part === "phase") return [-Math.PI, Math.PI, CYCLIC];
     return this.part === "magnitude" ? [lo, hi, grey] : [-hi, hi, grey];
   }
 
   // The same in words.
-  scaleText() {
-    const [lo, hi] = this.tones(), digits = v => Number(v.toPrecision(3)).toString();
+  scaleText(well) {
+    const [lo, hi] = this.tones(well);
     if (this.part === "phase") return "phase −π … π rad";
-    return this.part === "magnitude" ? `W ${digits(hi - lo)}  L ${digits((hi + lo) / 2)}` : `${this.part} −${digits(hi)} … ${digits(hi)}`;
+    const text = this.part === "magnitude" ? `W ${shown(hi - lo)}  L ${shown((hi + lo) / 2)}` : `${this.part} −${shown(hi)} … ${shown(hi)}`;
+    return this.own[well?.slot] ? `${text}  (this pane's own)` : text;
   }
 
   resetView() { this.view = {zoom: 1, x: .5, y: .5}; this.redraw(); }
@@ -670,10 +746,12 @@ export class Viewer {
 
     this.partMenu = h("select", {title: "m g h j", onchange: e => this.setPart(e.target.value)}, Object.keys(PARTS).map(p => h("option", {}, p)));
     const tools = h("div", {className: "tools"},
-      button("pin A as B", "p", () => this.pin()), button("swap", "s", () => this.swap()),
-      about.reference && !this.link.offline ? button("reference as B", "t", () => this.reference()) : null,
+      button("pin as B", "p", () => this.pin()), button("swap", "s", () => this.swap()),
+      about.reference && !this.link.offline ? button("reference", "t: as B", () => this.reference()) : null,
       button("flicker", "hold space", () => this.blink()), button("swipe", "w", () => this.toggleSwipe()),
-      this.partMenu, button("auto window", "double click", () => this.autoWindow()), button("reset view", "r", () => this.resetView()),
+      this.partMenu, button("auto window", "double click", () => this.autoWindow()),
+      this.perPaneButton = button("per pane", "each pane gets a window of its own: the two greys then no longer compare", () => this.togglePerPane()),
+      this.roiButton = button("ROI", "o: draw a circle, in any pane", () => this.toggleRoi()), button("reset view", "r", () => this.resetView()),
       h("span", {className: "gap"}), button("copy command", "the command line that makes pane A", () => this.copyCommand()),
       button("save PNG", "the panes with their captions", () => this.savePng()),
       this.link.offline ? null : button("save NPY", "pane A, exact, complex", () => this.saveNpy()));
@@ -681,7 +759,10 @@ export class Viewer {
     this.padCanvas = h("canvas", {className: "pad", "aria-label": "dials", tabIndex: -1});
     this.listenPad();
     this.ground = h("select", {title: "what the pad shows behind the dials", onchange: () => { this.groundStamp = ""; this.redraw(); }});
+    this.legend = h("div", {className: "legend", hidden: true});
     this.axisMenus = h("div", {className: "axes"});
+    this.criterion = h("select", {title: "by which a setting is chosen without ground truth"}, about.criteria.map(c => h("option", {value: c}, CRITERIA[c])));
+    this.pickedText = h("div", {className: "picked soft", hidden: true});
     this.sliders = h("div", {className: "sliders"});
     this.modelMenu = h("select", {className: "model", title: "method of pane A", onchange: e => {
       const model = Number(e.target.value);
@@ -689,12 +770,13 @@ export class Viewer {
     }}, about.models.map((m, i) => h("option", {value: i}, m.name)));
     this.residual = h("div", {className: "residual"});
     this.work = h("div", {className: "work"});
-    const side = h("aside", {}, h("label", {className: "field"}, h("span", {}, "method"), this.modelMenu), this.padCanvas,
+    const side = h("aside", {}, h("label", {className: "field"}, h("span", {}, "method"), this.modelMenu), this.padCanvas, this.legend,
       h("label", {className: "field"}, h("span", {}, "behind it"), this.ground), this.axisMenus, this.sliders,
       h("div", {className: "tools"}, button("undo", "u", () => this.undo()), button("keep", "k", () => this.keep()),
         about.reference ? button("★ best", "the setting with the best PSNR on this scan", () => this.toBest()) : null,
         button("defaults", "the method's own setting", () => this.turn(this.starts(this.a.want.model)))),
-      this.residual, this.work);
+      this.link.offline ? null : this.choosers = h("div", {className: "field"}, button("pick for me", "a setting without ground truth, and why; as tunemri choose", () => this.choose()), this.criterion),
+      this.pickedText, this.residual, this.work);
 
     this.within = h("select", {title: "which settings count as good", onchange: () => { this.pick(); this.redraw(); }},
       (about.reference ? [["0.5", "0.5 dB"], ["1", "1 dB"], ["3", "3 dB"], ["Infinity", "everything"]]
@@ -756,6 +838,7 @@ export class Viewer {
     }));
     if (!names.length) this.sliders.append(h("p", {className: "soft"}, "This method has nothing to set."));
     this.padCanvas.hidden = !numbers.length;
+    if (this.choosers) this.choosers.hidden = !numbers.length;
     this.ground.parentElement.hidden = !numbers.length;
     this.axisMenus.replaceChildren(...(numbers.length > 2 ? ["across", "up"].map((label, k) => h("label", {}, `${label} `, h("select", {onchange: e => {
       const other = this.axes()[1 - k];
@@ -764,7 +847,8 @@ export class Viewer {
       this.redraw();
     }}, numbers.map(n => h("option", {selected: n === this.axes()[k]}, n))))) : []));
     const scored = Object.entries(this.about.metrics).map(([n, m]) => [n, m.label]);
-    const grounds = [...scored, ["residual", "data residual"], ["change", this.changeName()], ["spread", "how fast the image changes"], ["none", "nothing"]];
+    const grounds = [...scored, ["residual", "data residual"], ["change", this.changeName()], ["spread", "how fast the image changes"],
+      ["roi-mean", "mean in the ROI"], ["roi-sd", "standard deviation in the ROI"], ["none", "nothing"]];
     const chosen = this.ground.value || (this.about.reference ? "psnr" : "change");
     this.ground.replaceChildren(...grounds.map(([value, text]) => h("option", {value, selected: value === chosen}, text)));
     this.groundStamp = "";
@@ -786,7 +870,9 @@ export class Viewer {
   blink() {
     clearInterval(this.blinking);
     this.flick = false;
-    this.blinking = this.blinking ? null : setInterval(() => { this.flick = !this.flick; this.dirty.add("panes"); this.later(); }, 350);
+    this.rate = {0: 1, 1: 2, 2: 4}[this.rate || 0] || 0;
+    this.blinking = this.rate ? setInterval(() => { this.flick = !this.flick; this.dirty.add("panes"); this.later(); }, 500 / this.rate) : null;
+    this.say(this.rate ? `A and B in turn, ${this.rate} times a second` : "");
     this.redraw();
   }
 
@@ -801,7 +887,7 @@ export class Viewer {
     const range = this.rangeOf(this.a.want);
     this.gallery = [];
     this.tiles.replaceChildren();  // never those of another slice or method
-    this.spreadText.textContent = "";
+    this.spreadText.textContent = numeric(this.dials()).length ? "" : "this method has nothing to set";
     if (!range?.scores || !range.rank) return;
     const limit = Number(this.within.value), psnr = range.best("psnr", true), least = range.best("residual", false);
     const passes = psnr ? p => range.score("psnr", p) >= psnr.value - limit : p => !least || range.score("residual", p) <= least.value * limit;
@@ -815,7 +901,7 @@ export class Viewer {
     this.spreadText.textContent = far.length ? ` mean difference ${(100 * far.reduce((s, v) => s + v, 0) / far.length / top).toFixed(1)} % of white` : "";
     this.tiles.replaceChildren(...this.gallery.map((g, i) => g.root = h("button", {type: "button", className: "tile", title: "go; shift: pin as B",
       onclick: e => { if (e.shiftKey) { this.b.want = structuredClone(g.want); this.refresh(this.b, 0); } else this.go(g.want); }},
-      g.canvas = h("canvas"), h("span", {}, h("b", {}, String(i + 1)), ` ${range.names.length > 1 ? range.names.map(n => shown(g.want.dials[n])).join(", ") : words(g.want.dials)}`))));
+      g.canvas = h("canvas"), h("span", {}, h("b", {}, String(i + 1)), ` ${range.names.map(n => shown(g.want.dials[n])).join(", ")}`))));
     this.dirty.add("tiles");
   }
 
@@ -829,8 +915,11 @@ export class Viewer {
       e.preventDefault();
       this.root.focus({preventScroll: true});
       c.setPointerCapture(e.pointerId);
-      const kind = e.button === 1 || (e.button === 0 && e.shiftKey) ? "move" : e.button === 2 ? "zoom" : this.swipe !== undefined && pane.id === "a" && e.altKey ? "swipe" : "window";
-      from = {kind, x: e.clientX, y: e.clientY, view: {...this.view}, window: {...(this.window || {lo: 0, hi: 1})}, gain: this.gain};
+      const alone = (e.ctrlKey || e.metaKey) && pane.id !== "c", kind = e.button === 1 || (e.button === 0 && e.shiftKey) ? "move" : e.button === 2 ? "zoom"
+        : e.altKey || this.drawing ? "roi" : "window";
+      const box = c.getBoundingClientRect(), spot = this.pixelAt(c, e.clientX - box.left, e.clientY - box.top);
+      from = {kind, alone, spot, x: e.clientX, y: e.clientY, view: {...this.view}, window: {...(this.own[pane.id] || this.window || {lo: 0, hi: 1})}, gain: this.gain};
+      if (kind === "roi") this.setRoi(null);
     });
     c.addEventListener("pointermove", e => {
       const box = c.getBoundingClientRect();
@@ -839,6 +928,7 @@ export class Viewer {
       if (from) {
         const dx = e.clientX - from.x, dy = e.clientY - from.y;
         if (from.kind === "window") this.dragWindow(pane, from, dx / 300, dy / 300);
+        else if (from.kind === "roi") this.setRoi({...from.spot, r: Math.hypot(this.cursor.x - from.spot.x, this.cursor.y - from.spot.y)});
         else if (from.kind === "zoom") this.zoomTo(from.view.zoom * Math.exp(-dy / 150));
         else if (from.kind === "move") {
           const s = this.scaleOf(c);
@@ -867,7 +957,32 @@ export class Viewer {
   dragWindow(pane, from, dx, dy) {
     if (pane.id === "c") { this.gain = clamp(from.gain * Math.exp(dx * 3), .02, 50); return; }
     const {lo, hi} = from.window, width = (hi - lo) * Math.exp(dx * 2), level = (lo + hi) / 2 + dy * (hi - lo);
-    this.window = {lo: level - width / 2, hi: level + width / 2};
+    const moved = {lo: level - width / 2, hi: level + width / 2};
+    if (from.alone || this.own[pane.id]) this.own[pane.id] = moved;
+    else this.window = moved;
+  }
+
+  // A circle in which values are counted; one that holds no pixel is none.
+  setRoi(roi) {
+    if (roi) {
+      const [height, width] = this.about.shape, pixels = [];
+      for (let y = Math.max(0, Math.ceil(roi.y - roi.r)); y <= Math.min(height - 1, roi.y + roi.r); y++) {
+        for (let x = Math.max(0, Math.ceil(roi.x - roi.r)); x <= Math.min(width - 1, roi.x + roi.r); x++) {
+          if ((x - roi.x) ** 2 + (y - roi.y) ** 2 <= roi.r ** 2) pixels.push(y * width + x);
+        }
+      }
+      this.roiPixels = pixels;
+      if (roi.r < 1 || !pixels.length) roi = null;
+    }
+    this.roi = roi;
+    this.groundStamp = "";
+    this.redraw();
+  }
+
+  toggleRoi() {
+    this.drawing = !this.drawing;
+    this.roiButton.classList.toggle("on", this.drawing);
+    if (!this.drawing) this.setRoi(null);
   }
 
   zoomTo(zoom, at) {
@@ -903,7 +1018,7 @@ export class Viewer {
         b: () => this.blink(), w: () => this.toggleSwipe(), p: () => this.pin(), s: () => this.swap(), t: () => this.reference(), u: () => this.undo(),
         k: () => this.keep(), m: () => this.setPart("magnitude"), g: () => this.setPart("phase"), h: () => this.setPart("real"),
         j: () => this.setPart("imaginary"), f: () => this.show(this.tab === "k-space" ? "tune" : "k-space"),
-        d: () => this.nextThird(), i: () => { this.inverted = !this.inverted; this.redraw(); }, r: () => this.resetView(),
+        d: () => this.nextThird(), o: () => this.toggleRoi(), i: () => { this.inverted = !this.inverted; this.redraw(); }, r: () => this.resetView(),
         n: () => this.toSlice(this.slice + 1), N: () => this.toSlice(this.slice - 1), "?": () => this.help.showModal(),
       };
       const act = keys[e.key] || (/^[1-6]$/.test(e.key) && this.gallery[e.key - 1] && (() => this.go(this.gallery[e.key - 1].want)));
@@ -951,10 +1066,10 @@ export class Viewer {
   }
 
   // Canvas pixels per image pixel, and where the image starts.
-  scaleOf(canvas) {
-    const [height, width] = this.about.shape, aspect = this.about.aspect;
-    const x = Math.min(canvas.width / width, canvas.height / (height * aspect)) * this.view.zoom, y = x * aspect;
-    return {x, y, width, height, left: canvas.width / 2 - this.view.x * width * x, top: canvas.height / 2 - this.view.y * height * y};
+  scaleOf(canvas, view = this.view, aspect = this.about.aspect) {
+    const [height, width] = this.about.shape;
+    const x = Math.min(canvas.width / width, canvas.height / (height * aspect)) * view.zoom, y = x * aspect;
+    return {x, y, width, height, left: canvas.width / 2 - view.x * width * x, top: canvas.height / 2 - view.y * height * y};
   }
 
   pixelAt(canvas, px, py) {
@@ -962,8 +1077,7 @@ export class Viewer {
     return {x: Math.floor((px * r - s.left) / s.x), y: Math.floor((py * r - s.top) / s.y)};
   }
 
-  drawImage(context, picture) {
-    const s = this.scaleOf(context.canvas);
+  drawImage(context, picture, s = this.scaleOf(context.canvas)) {
     context.imageSmoothingEnabled = s.x < 3 * (devicePixelRatio || 1);
     context.drawImage(picture, s.left, s.top, s.width * s.x, s.height * s.y);
   }
@@ -971,9 +1085,10 @@ export class Viewer {
   drawPanes() {
     if (this.tab !== "tune") return;
     const {a, b, c} = this.panes;
-    this.drawWell(a, this.flick ? this.b : this.a, this.swipe !== undefined ? this.b : null);
+    this.drawWell(a, this.flick ? this.b : this.a, this.swipe === undefined ? null : this.b);
     this.drawWell(b, this.b, null);
     this.drawThird(c);
+    c.facts.title = c.facts.textContent;
   }
 
   letter(well) { return well === this.a ? "A" : "B"; }
@@ -987,10 +1102,10 @@ export class Viewer {
   }
 
   drawWell(pane, well, over) {
-    const context = this.fit(pane.canvas), {width, height} = pane.canvas, frame = well.frame, [lo, hi, lut] = this.tones();
+    const context = this.fit(pane.canvas), {width, height} = pane.canvas, frame = well.frame, tones = this.tones(well);
     // Everything that the pane depends on: painting is dear where there is no graphics card.
-    const key = JSON.stringify([well.slot, frame && this.stamp(frame), over?.frame ? [this.stamp(over.frame), this.swipe] : 0, this.part, lo, hi, this.inverted,
-      this.view, this.cursor, width, height, well.error, this.matches(well)]);
+    const key = JSON.stringify([well.slot, frame && this.stamp(frame), over?.frame ? [this.stamp(over.frame), this.swipe] : 0, this.part, tones.slice(0, 2), this.own,
+      this.inverted, this.view, this.cursor, this.roi, width, height, well.error, this.matches(well)]);
     if (key === pane.key) return;
     pane.key = key;
     context.fillStyle = "#000";
@@ -1000,8 +1115,9 @@ export class Viewer {
     pane.error.hidden = !well.error;
     pane.error.textContent = well.error || "";
     if (!frame) { pane.what.textContent = "…"; pane.chip.textContent = pane.facts.textContent = ""; return; }
-    const stamp = f => `${this.stamp(f)}|${this.part}|${lo}|${hi}|${this.inverted}`;
-    this.drawImage(context, pane.picture.paint(this.plane(frame), frame.width, frame.height, lo, hi, lut, stamp(frame)));
+    const paint = (picture, f, tones) => this.drawImage(context, picture.paint(this.plane(f), f.width, f.height, ...tones,
+      `${this.stamp(f)}|${this.part}|${tones.slice(0, 2)}|${this.inverted}`));
+    paint(pane.picture, frame, tones);
     if (over?.frame) {
       const x = this.swipe * width;
       context.save();
@@ -1009,12 +1125,12 @@ export class Viewer {
       context.rect(x, 0, width - x, height);
       context.clip();
       context.fillRect(x, 0, width - x, height);
-      this.drawImage(context, pane.other.paint(this.plane(over.frame), frame.width, frame.height, lo, hi, lut, stamp(over.frame)));
+      paint(pane.other, over.frame, this.tones(over));
       context.restore();
       context.fillStyle = "#f0a23c";
       context.fillRect(x - 1, 0, 2, height);
     }
-    this.overlay(context, pane, this.plane(frame), this.scaleText());
+    this.overlay(context, pane, this.plane(frame), this.scaleText(well));
     // The caption belongs to the pixels, not to the slider: what is drawn is what is named.
     pane.what.textContent = `${this.name(frame)}${Object.keys(frame.dials).length && frame.status !== "reference" ? " " + words(frame.dials) : ""}`;
     if (over?.frame) pane.what.textContent += ` | B ${this.name(over.frame)}${over.frame.status === "reference" ? "" : " " + words(over.frame.dials)}`;
@@ -1037,6 +1153,7 @@ export class Viewer {
     context.fillRect(0, 0, width, height);
     pane.chip.textContent = pane.what.textContent = pane.facts.textContent = "";
     const span = this.window ? this.window.hi - this.window.lo : 1, [h0, w0] = this.about.shape;
+    if (this.third === "profile") return this.drawProfile(context, pane);
     if (this.third === "matters") {
       const range = this.rangeOf(this.a.want);
       if (!range) { pane.facts.textContent = numeric(this.dials()).length ? this.unmade || "the range is being made" : "nothing to set, nothing that changes"; return; }
@@ -1063,6 +1180,26 @@ export class Viewer {
       : `rms ${(100 * rms / span).toFixed(2)} % of the window; orange: A is ${this.part === "magnitude" ? "brighter, blue: darker" : "higher, blue: lower"}, black: equal`;
   }
 
+  // One row of A, B and the reference, that under the pointer; through the window that the images have.
+  drawProfile(context, pane) {
+    const {width, height} = pane.canvas, [h0, w0] = this.about.shape, r = devicePixelRatio || 1, [lo, hi] = this.tones();
+    if (this.cursor && this.cursor.y >= 0 && this.cursor.y < h0) this.row0 = this.cursor.y;
+    const row = this.row0 ?? h0 >> 1, s = this.scaleOf(pane.canvas);
+    const lines = [["reference", this.truth, "#9aa0a8"], ["B", this.b.frame, "#5aa9f0"], ["A", this.a.frame, "#f0a23c"]].filter(([name, f]) => f && !(name === "B" && this.b.truth));
+    context.lineJoin = "round";
+    context.font = `${12 * r}px system-ui, sans-serif`;
+    lines.forEach(([name, frame, colour], k) => {
+      const plane = this.plane(frame);
+      context.beginPath();
+      for (let x = 0; x < w0; x++) context[x ? "lineTo" : "moveTo"](s.left + (x + .5) * s.x, height * (.95 - .9 * (plane[row * w0 + x] - lo) / (hi - lo || 1)));
+      Object.assign(context, {lineWidth: 1.4 * r, strokeStyle: colour, fillStyle: colour, textAlign: "right"});
+      context.stroke();
+      context.fillText(name, width - 8 * r, (18 + 16 * k) * r);
+    });
+    pane.scale = `row ${row}`;
+    pane.facts.textContent = `row ${row}, that under the pointer; ${shown(lo)} … ${shown(hi)} from bottom to top; across as the images`;
+  }
+
   // Letters, window, zoom and the value under the pointer: painted with the pixels, so that they cannot disagree.
   overlay(context, pane, plane, scale) {
     pane.scale = scale;
@@ -1079,13 +1216,24 @@ export class Viewer {
       text(letters[2], width / 2, 16 * r, "center");
       text(letters[3], width / 2, height - 8 * r, "center");
     }
-    const digits = v => Number(v.toPrecision(3)).toString();
     text(scale, 8 * r, height - 8 * r, "left");
     const s = this.scaleOf(context.canvas);
     text(`${(s.x / r).toFixed(1)}×`, width - 8 * r, height - 8 * r, "right");
+    pane.measured = this.roi && moments(this.roiPixels.map(i => plane[i]));
+    if (this.roi) {
+      const {x, y, r: radius} = this.roi, {mean, sd, count} = pane.measured;
+      text(`${mean.toPrecision(3)} ± ${sd.toPrecision(2)}  (${count} px)`, width - 8 * r, 16 * r, "right");
+      for (const [line, colour] of [[3, "#000"], [1.5, "#7fd08a"]]) {
+        context.beginPath();
+        context.ellipse(s.left + (x + .5) * s.x, s.top + (y + .5) * s.y, radius * s.x, radius * s.y, 0, 0, 2 * Math.PI);
+        Object.assign(context, {lineWidth: line * r, strokeStyle: colour});
+        context.stroke();
+      }
+      Object.assign(context, {lineWidth: 3 * r, strokeStyle: "rgba(0,0,0,.8)"});
+    }
     const p = this.cursor;
     if (!p || p.x < 0 || p.y < 0 || p.x >= s.width || p.y >= s.height) return;
-    text(`(${p.y}, ${p.x})  ${digits(plane[p.y * s.width + p.x])}`, 8 * r, 16 * r, "left");
+    text(`(${p.y}, ${p.x})  ${shown(plane[p.y * s.width + p.x])}`, 8 * r, 16 * r, "left");
     const x = s.left + (p.x + .5) * s.x, y = s.top + (p.y + .5) * s.y;
     context.lineWidth = r;
     context.strokeStyle = "rgba(240,162,60,.9)";
@@ -1113,7 +1261,24 @@ export class Viewer {
       const [q, s] = [-.02, .02].map(e => p.map((v, k) => k === d ? clamp(v + e) : v));
       return sum + range.distance(range.weights(q), range.weights(s)) / Math.abs(s[d] - q[d]) / 10;
     }, 0);
+    if (kind.startsWith("roi")) {
+      if (!this.roi) return null;
+      if (range.probed?.roi !== this.roi) range.probed = {roi: this.roi, known: new Map()};
+      const {known} = range.probed;
+      return p => {
+        const place = p.join();
+        if (!known.has(place)) known.set(place, range.probe(p, this.roiPixels));
+        return known.get(place)[kind.slice(4)];
+      };
+    }
     return range.scores?.values[kind] ? p => range.score(kind, p) : null;
+  }
+
+  // A number of a landscape, in its unit.
+  amount(kind, v) {
+    if (!Number.isFinite(v)) return "–";
+    if (this.about.metrics[kind]) return this.digits(kind, v);
+    return kind === "residual" ? `${(100 * v).toFixed(2)} %` : kind.startsWith("roi") ? shown(v) : `${(100 * v / (this.window?.hi || 1)).toFixed(1)} % of white`;
   }
 
   // A full place (all numeric dials) from one on the pad.
@@ -1133,6 +1298,7 @@ export class Viewer {
         if (document.activeElement !== row.out) row.out.value = String(Number(value.toPrecision(4)));
       }
     }
+    this.legend.hidden = true;
     if (!names.length || this.padCanvas.hidden) return;
     for (const o of this.ground.options) if (o.value === "change") o.textContent = this.changeName();
     this.padCanvas.classList.toggle("line", names.length === 1);
@@ -1148,7 +1314,7 @@ export class Viewer {
       context.fillStyle = "#9aa0a8";
       context.font = `${12 * r}px system-ui, sans-serif`;
       context.textAlign = "center";
-      const why = this.ground.value === "none" ? "" : this.link.offline || range?.final ? "not known without a reference" : this.unmade || "the range is being made …";
+      const why = this.ground.value === "none" ? "" : this.ground.value.startsWith("roi") && range ? "draw a circle: ROI, or alt+drag" : this.link.offline || range?.final ? "not known without a reference" : this.unmade || (this.rangeWaits && "after the first image") || "the range is being made …";
       context.fillText(why, width / 2, height / 2 - 14 * r);
     }
     const spot = where => {
@@ -1196,15 +1362,17 @@ export class Viewer {
   }
 
   drawGround(context, box, range, f) {
-    const n = 48, stamp = `${this.ground.value}|${keyOf(this.b.want)}|${this.b.truth}|${range.facts.settings}|${!!range.scores}|${this.axes()}|${range.names.length > 2 ? keyOf(this.a.want) : ""}`;
+    const n = this.ground.value.startsWith("roi") ? 17 : 48, stamp = `${this.ground.value}|${keyOf(this.b.want)}|${this.b.truth}|${range.facts.settings}|${!!range.scores}|${this.axes()}|${range.names.length > 2 ? keyOf(this.a.want) : ""}`;
     if (this.groundStamp !== stamp) {
       const values = Float32Array.from({length: n * n}, (_, i) => f(this.place(range, [(i % n) / (n - 1), 1 - Math.floor(i / n) / (n - 1)])));
       const good = values.filter(Number.isFinite), lo = Math.min(...good), hi = Math.max(...good);
       const lower = this.about.metrics[this.ground.value]?.higher === false || this.ground.value === "residual";
       this.groundPicture ||= new Picture();
       this.groundPicture.paint(values, n, n, lo, hi, lower ? CIVIDIS.slice().reverse() : CIVIDIS, "");
+      this.legend.replaceChildren(h("span", {}, this.amount(this.ground.value, lo)), h("i", {className: lower ? "reversed" : ""}), h("span", {}, this.amount(this.ground.value, hi)));
       this.groundStamp = stamp;
     }
+    this.legend.hidden = false;
     context.imageSmoothingEnabled = true;
     context.drawImage(this.groundPicture.canvas, box.x, box.y, box.w, box.h);
   }
@@ -1218,19 +1386,26 @@ export class Viewer {
     context.lineWidth = 1.6 * r;
     context.strokeStyle = "#b8bdc4";
     context.stroke();
-    const curve = p => y(f([p]));
+    const curve = {y: p => y(f([p])), level: y, lo, hi};
     if (!label) return curve;
-    this.curve = curve;
+    this.curve = curve.y;
     context.font = `${11 * r}px system-ui, sans-serif`;
     context.fillStyle = "#9aa0a8";
     const name = this.ground.selectedOptions[0]?.textContent || "", metric = this.about.metrics[this.ground.value];
     context.textAlign = "left";
     context.fillText(metric ? `${name}, ${metric.higher ? "higher" : "lower"} is better` : name, 8 * r, 14 * r);
     context.textAlign = "right";
-    const say = v => metric ? this.digits(this.ground.value, v) : this.ground.value === "residual" ? `${(100 * v).toFixed(2)} %`
-      : `${(100 * v / (this.window?.hi || 1)).toFixed(1)} %`;
-    context.fillText(`${say(lo)} … ${say(hi)}`, context.canvas.width - 8 * r, 14 * r);
+    const [low, high] = [lo, hi].map(v => this.amount(this.ground.value, v));
+    context.fillText(`${low} … ${high}`, context.canvas.width - 8 * r, 14 * r);
     return curve;
+  }
+
+  // What is going on, one line each. A line stays the same element: a button that is replaced under the pointer takes no click.
+  workLine(id, text, label, act) {
+    let line = this.work.querySelector(`[data-line=${id}]`);
+    if (!line) this.work.append(line = h("div", {"data-line": id, className: label ? "" : "soft"}, h("span"), label ? h("button", {type: "button", onclick: act}, label) : null));
+    line.hidden = !text;
+    if (text && line.firstChild.textContent !== text) line.firstChild.textContent = `${text} `;
   }
 
   drawFacts() {
@@ -1242,7 +1417,7 @@ export class Viewer {
       const bar = this.panes[id].bar, waits = well.number && this.open && performance.now() - well.since > 400;
       bar.hidden = !waits;
       if (waits) {
-        const took = (performance.now() - well.since) / 1000, usual = this.seconds?.[well.want.model] || 0;
+        const took = (performance.now() - well.since) / 1000, usual = this.seconds.get(this.rangeKey(well.want.model, "", well.want.dials)) || 0;
         bar.firstChild.style.width = `${usual ? Math.min(97, 100 * took / usual) : 50}%`;
         this.dirty.add("facts");
         setTimeout(() => this.later(), 100);
@@ -1260,14 +1435,17 @@ export class Viewer {
           h("div", {className: "ends"}, h("span", {}, "fits noise"), h("span", {}, "1"), h("span", {}, "misses data")));
       }
     }
-    const p = this.progressing, range = this.rangeOf(this.a.want), lines = [];
-    const stop = (slot, text) => h("button", {type: "button", onclick: () => this.stop(slot)}, text);
-    if (p) lines.push(h("div", {}, `making the range${p.final ? ", finer" : ""}: ${p.done} settings, ${p.each < 1 ? `${Math.round(1000 * p.each)} ms` : `${p.each.toFixed(1)} s`} each `, stop("range", "stop and keep")));
+    const p = this.progressing, c = this.choosing, range = this.rangeOf(this.a.want), each = ({each}) => each < 1 ? `${Math.round(1000 * each)} ms each` : `${each.toFixed(1)} s each`;
     const busy = this.a.number && performance.now() - this.a.since > 400;
-    if (busy) lines.push(h("div", {}, `exact image of ${model.name}: ${((performance.now() - this.a.since) / 1000).toFixed(1)} s `, stop("a", "stop, keep the preview")));
-    if (this.unmade && !p && !range?.final && numeric(this.dials()).length) lines.push(h("div", {}, `${this.unmade} `, h("button", {type: "button", onclick: () => this.askRange(this.a.want, 0)}, "make it")));
-    if (range && !p) lines.push(h("div", {className: "soft"}, `preview from ${range.facts.settings} settings, ${range.rank} components; worst error ${range.facts.worst_db?.toFixed(0) ?? "–"} dB below the maximum`));
-    this.work.replaceChildren(...lines);
+    const unmade = this.unmade && !p && !range?.final && numeric(this.dials()).length;
+    this.workLine("range", p && `making the range${p.final ? ", finer" : ""}: ${p.done} settings, ${each(p)}`, "stop and keep", () => this.stop("range"));
+    this.workLine("choose", c && (c.done ? `choosing: ${c.done} settings tried, ${each(c)}` : p ? "choosing, after the range" : "choosing …"), "stop", () => this.stop("choose"));
+    this.workLine("exact", busy && `exact image of ${model.name}: ${((performance.now() - this.a.since) / 1000).toFixed(1)} s`, "stop, keep the preview", () => this.stop("a"));
+    this.workLine("unmade", unmade && this.unmade, "make it", () => { this.askRange(this.a.want, 0, true); this.redraw(); });
+    this.workLine("facts", range && !p && `preview from ${range.facts.settings} settings, ${range.rank} components; worst error ${range.facts.worst_db?.toFixed(0) ?? "–"} dB below the maximum`);
+    const picked = this.picked?.key === keyOf(this.a.want);
+    this.pickedText.hidden = !picked;
+    if (picked) this.pickedText.textContent = this.picked.text;
   }
 
   drawTiles() {
@@ -1294,31 +1472,41 @@ export class Viewer {
   show(tab) {
     this.tab = tab;
     for (const [name, section] of Object.entries(this.sections)) section.hidden = name !== tab;
-    const std = !!this.a.frame?.arrays?.std;
     for (const b of this.tabBar.children) {
       const name = b.dataset.tab;
       b.classList.toggle("on", name === tab);
-      b.hidden = (name === "uncertainty" && !std) || (name === "landscape" && !numeric(this.dials()).length) || (this.link.offline && ["methods", "k-space", "uncertainty"].includes(name));
+      b.hidden = (name === "uncertainty" && !this.uncertain()) || (name === "landscape" && !numeric(this.dials()).length) || (this.link.offline && ["methods", "k-space", "uncertainty"].includes(name));
     }
-    ({methods: () => this.buildMethods(), "k-space": () => this.send("kspace", this.a.want), report: () => this.buildReport(), landscape: () => this.buildLandscape()})[tab]?.();
+    ({methods: () => this.buildMethods(), "k-space": () => this.buildKspace(), report: () => this.buildReport(), landscape: () => this.buildLandscape(),
+      uncertainty: () => this.buildUncertainty()})[tab]?.();
     this.redraw();
   }
 
   drawTab() {
     const std = [...this.tabBar.children].find(b => b.dataset.tab === "uncertainty");
-    std.hidden = !this.a.frame?.arrays?.std;
+    std.hidden = !this.uncertain();
     [...this.tabBar.children].find(b => b.dataset.tab === "landscape").hidden = !numeric(this.dials()).length;
     ({methods: () => this.drawMethods(), landscape: () => this.drawLandscape(), uncertainty: () => this.drawUncertainty(), "k-space": () => this.drawKspace()})[this.tab]?.();
   }
 
+  // Whether A gives a variance, or did at another setting of its numbers.
+  uncertain() {
+    const {frame, want} = this.a;
+    if (frame?.arrays?.std) this.gives = this.rangeKey(frame.model, "", frame.dials);
+    return !!frame?.arrays?.std || this.gives === this.rangeKey(want.model, "", want.dials);
+  }
+
   buildLandscape() {
-    const section = this.sections.landscape, names = [...Object.keys(this.about.metrics), "residual", "change"];
+    const section = this.sections.landscape, names = [...Object.keys(this.about.metrics), "residual", "change", ...(this.roi ? ["roi-mean", "roi-sd"] : [])];
     this.land = names.map(kind => {
       const canvas = h("canvas"), read = h("span", {className: "soft"});
       const metric = this.about.metrics[kind];
-      const title = metric ? `${metric.label} ${metric.higher ? "↑" : "↓"}` : kind === "residual" ? "data residual" : this.changeName();
+      const title = metric ? `${metric.label} ${metric.higher ? "↑" : "↓"}` : kind === "change" ? this.changeName() : {residual: "data residual", "roi-mean": "mean in the ROI", "roi-sd": "standard deviation in the ROI"}[kind];
       const item = {kind, canvas, read, root: h("figure", {title: metric ? `${metric.higher ? "higher" : "lower"} is better` : "not a measure of quality"}, h("figcaption", {}, h("b", {}, title), " ", read), canvas), picture: new Picture()};
-      const spot = e => { const b = canvas.getBoundingClientRect(); return [clamp((e.clientX - b.left - 12) / (b.width - 24)), clamp(1 - (e.clientY - b.top - 12) / (b.height - 24))]; };
+      const spot = e => {
+        const b = canvas.getBoundingClientRect(), m = this.landMargin();
+        return [clamp((e.clientX - b.left - m.left) / (b.width - m.left - m.right)), clamp(1 - (e.clientY - b.top - m.top) / (b.height - m.top - m.bottom))];
+      };
       canvas.addEventListener("pointermove", e => this.hover(spot(e)));
       canvas.addEventListener("pointerleave", () => { this.hovering = null; this.redraw(); });
       canvas.addEventListener("click", e => this.turn(Object.fromEntries(this.axes().map((n, k) => [n, valueAt(this.dials()[n], spot(e)[k])]))));
@@ -1342,23 +1530,34 @@ export class Viewer {
     }
     const kept = this.ground.value, spot = this.hovering || names.map(n => position(this.dials()[n], this.a.want.dials[n]));
     for (const item of this.land) {
-      const context = this.fit(item.canvas), {width, height} = item.canvas, box = {x: 12 * r, y: 12 * r, w: width - 24 * r, h: height - 24 * r};
+      const context = this.fit(item.canvas), {width, height} = item.canvas, m = this.landMargin();
+      const box = {x: m.left * r, y: m.top * r, w: width - (m.left + m.right) * r, h: height - (m.top + m.bottom) * r};
       this.ground.value = item.kind;
       const f = this.behind(range), metric = this.about.metrics[item.kind];
       context.fillStyle = "#0b0c0e";
       context.fillRect(0, 0, width, height);
       if (!f) continue;
       const at = s => f(this.place(range, s)), v = at(spot), best = metric && range.best(item.kind, metric.higher);
-      item.read.textContent = metric ? `${this.digits(item.kind, v)}${best ? `, best ${this.digits(item.kind, best.value)}` : ""}`
-        : item.kind === "residual" ? `${(100 * v).toFixed(2)} %` : `${(100 * v / (this.window?.hi || 1)).toFixed(2)} % of white`;
+      item.read.textContent = this.amount(item.kind, v) + (best ? `, best ${this.digits(item.kind, best.value)}` : "");
       let y = null;
       if (names.length > 1) {
-        const n = 48, values = Float32Array.from({length: n * n}, (_, i) => at([(i % n) / (n - 1), 1 - Math.floor(i / n) / (n - 1)]));
-        const lower = metric?.higher === false || item.kind === "residual";
-        item.picture.paint(values, n, n, Math.min(...values), Math.max(...values), lower ? CIVIDIS.slice().reverse() : CIVIDIS, "");
+        const n = item.kind.startsWith("roi") ? 17 : 48, values = Float32Array.from({length: n * n}, (_, i) => at([(i % n) / (n - 1), 1 - Math.floor(i / n) / (n - 1)]));
+        const lower = metric?.higher === false || item.kind === "residual", good = values.filter(Number.isFinite), lo = Math.min(...good), hi = Math.max(...good);
+        const lut = lower ? CIVIDIS.slice().reverse() : CIVIDIS;
+        item.picture.paint(values, n, n, lo, hi, lut, "");
         context.drawImage(item.picture.canvas, box.x, box.y, box.w, box.h);
-        if (metric?.unit === "dB" && best) for (const drop of [.1, .5, 1]) this.isoline(context, box, values, n, best.value - drop, `−${drop}`);
-      } else y = this.drawCurve(context, box, range, p => at(p), {label: false});
+        if (metric?.unit === "dB" && best) {
+          for (const drop of [.1, .5, 1]) this.isoline(context, box, values, n, best.value - drop, `−${drop}`);
+          item.read.textContent += `; ${(100 * good.filter(v => v >= best.value - 1).length / good.length).toFixed(0)} % within 1 dB`;
+        }
+        this.scaleBar(context, box, lut, [hi, (lo + hi) / 2, lo].map(v => this.amount(item.kind, v).replace(" of white", "")));
+      } else {
+        const curve = this.drawCurve(context, box, range, p => at(p), {label: false});
+        y = curve.y;
+        Object.assign(context, {font: `${11 * r}px system-ui, sans-serif`, fillStyle: "#b8bdc4", textAlign: "left"});
+        Object.assign(context, {lineWidth: 3 * r, strokeStyle: "#0b0c0e"});
+        for (const v of [curve.hi, curve.lo]) for (const how of ["strokeText", "fillText"]) context[how](this.amount(item.kind, v), 6 * r, curve.level(v) - 4 * r);
+      }
       this.frameText(context, names);
       const point = s => [box.x + s[0] * box.w, y ? y(s[0]) : box.y + (1 - s[1]) * box.h];
       const glyph = (s, text, colour) => {
@@ -1380,6 +1579,18 @@ export class Viewer {
     context.fillRect(0, 0, this.crop.width, this.crop.height);
     this.drawImage(context, this.cropPicture.paint(planeOf(range.rebuild(this.place(range, spot)), this.part), width, height, lo, hi, lut, ""));
     this.cropText.textContent = `preview at ${names.map((n, k) => `${n} ${shown(valueAt(this.dials()[n], spot[k]))}`).join(", ")}`;
+  }
+
+  // Room for the numbers of the colours beside a map of two dials.
+  landMargin() { return {left: 12, right: this.axes().length > 1 ? 66 : 12, top: 12, bottom: 12}; }
+
+  // What the colours of a landscape stand for: highest above, lowest below.
+  scaleBar(context, box, lut, texts) {
+    const r = devicePixelRatio || 1, x = box.x + box.w + 6 * r;
+    this.bar ||= new Picture();
+    context.drawImage(this.bar.paint(Float32Array.from({length: 256}, (_, i) => 255 - i), 1, 256, 0, 255, lut, ""), x, box.y, 6 * r, box.h);
+    Object.assign(context, {font: `${11 * r}px system-ui, sans-serif`, fillStyle: "#b8bdc4", textAlign: "left"});
+    texts.forEach((t, k) => context.fillText(t, x + 9 * r, box.y + k / 2 * (box.h - 11 * r) + 10 * r));
   }
 
   // The ends of the dials, along the rim of a landscape.
@@ -1412,26 +1623,89 @@ export class Viewer {
     if (last) { context.font = `${11 * r}px system-ui, sans-serif`; context.fillStyle = "#fff"; context.textAlign = "right"; context.fillText(text, last[0] - 3 * r, last[1] - 3 * r); }
   }
 
+  // Whatever the method of A is: as soon as it gives a variance, this tab shows it.
   buildUncertainty() {
-    this.std = {mean: h("canvas"), map: h("canvas"), text: h("p", {className: "soft"}), pictures: [new Picture(), new Picture()]};
-    this.sections.uncertainty.replaceChildren(h("div", {className: "row"}, h("figure", {}, h("figcaption", {}, h("b", {}, "estimate")), this.std.mean),
-      h("figure", {}, h("figcaption", {}, h("b", {}, "standard deviation")), this.std.map)), this.std.text);
+    const figure = (title, ...more) => {
+      const item = {canvas: h("canvas"), text: h("div", {className: "facts"}), picture: new Picture(), over: new Picture(), scale: ""};
+      item.root = h("figure", {}, h("figcaption", {}, h("b", {}, title), more), h("div", {className: "frame"}, item.canvas), item.text);
+      item.canvas.addEventListener("pointermove", e => { const box = item.canvas.getBoundingClientRect(); this.cursor = this.pixelAt(item.canvas, e.clientX - box.left, e.clientY - box.top); this.redraw(); });
+      item.canvas.addEventListener("pointerleave", () => { this.cursor = null; this.redraw(); });
+      return item;
+    };
+    const limit = h("input", {type: "range", min: 0, max: 1, step: .01, value: 1, "aria-label": "threshold of the standard deviation", oninput: e => { this.std.limit = Number(e.target.value); this.redraw(); }});
+    const std = this.std = {limit: 1, mean: figure("estimate", h("label", {className: "soft", title: "in colour: where the standard deviation lies above this"}, "colour above ", limit)), map: figure("standard deviation"),
+      error: figure("|A − reference|, same colours"), text: h("p", {}), table: h("table")};
+    const step = by => { std.draw += by; this.redraw(); };
+    std.cine = h("input", {type: "checkbox", onchange: () => this.cine()});
+    std.draws = figure("draws", h("button", {type: "button", title: "the one before", onclick: () => step(-1)}, "‹"), h("button", {type: "button", title: "the next", onclick: () => step(1)}, "›"),
+      h("label", {className: "soft"}, std.cine, " 3 a second"));
+    std.draw = 0;
+    std.error.root.hidden = !this.about.reference || !!this.link.offline;
+    this.sections.uncertainty.replaceChildren(h("div", {className: "row"}, std.mean.root, std.map.root, std.draws.root, std.error.root), std.text, std.table);
+    if (this.about.reference && this.truth?.slice !== this.slice) this.send("reference", this.a.want);
+  }
+
+  // Draws from the posterior in turn, as long as the tab is open.
+  cine() {
+    clearInterval(this.cineTimer);
+    if (!this.std.cine.checked) return;
+    this.cineTimer = setInterval(() => {
+      if (this.tab !== "uncertainty") return clearInterval(this.cineTimer);
+      this.std.draw += 1;
+      this.redraw();
+    }, 333);
   }
 
   drawUncertainty() {
-    if (!this.std) this.buildUncertainty();
-    const frame = this.a.frame, std = frame?.arrays?.std;
-    if (!std) return;
-    const [lo, hi, lut] = this.tones(), top = quantile(std, .995) || 1;
-    const draw = (canvas, ...what) => {
-      const context = this.fit(canvas);
+    const frame = this.a.frame, sd = frame?.arrays?.std, ui = this.std;
+    ui.text.hidden = ui.table.hidden = !sd;
+    if (!sd) { ui.map.text.textContent = "still being made; what is seen, if anything, belongs to the setting before"; return; }
+    const [lo, hi, lut] = this.tones(), top = quantile(sd, .995) || 1, {width, height} = frame, p = this.cursor;
+    const draw = (item, plane, ...tones) => {
+      const context = this.fit(item.canvas);
       context.fillStyle = "#000";
-      context.fillRect(0, 0, canvas.width, canvas.height);
-      this.drawImage(context, what[0].paint(what[1], frame.width, frame.height, ...what.slice(2), ""));
+      context.fillRect(0, 0, item.canvas.width, item.canvas.height);
+      this.drawImage(context, item.picture.paint(plane, width, height, ...tones, ""));
+      return context;
     };
-    draw(this.std.mean, this.std.pictures[0], this.plane(frame), lo, hi, lut);
-    draw(this.std.map, this.std.pictures[1], std, 0, top, CIVIDIS);
-    this.std.text.textContent = `0 … ${top.toPrecision(2)}: spread under this method's prior and noise model, not the error. ${words(frame.dials)}`;
+    const magnitude = planeOf(frame.data, "magnitude"), context = draw(ui.mean, this.plane(frame), lo, hi, lut);
+    const limit = ui.limit * top, some = ui.limit < 1, within = p && p.x >= 0 && p.y >= 0 && p.x < width && p.y < height, i = within ? p.y * width + p.x : -1;
+    if (some) {
+      const colours = CIVIDIS.slice();
+      colours[0] = 0;  // nothing below the threshold
+      this.drawImage(context, ui.mean.over.paint(sd.map(v => v < limit ? -1 : v), width, height, 0, top, colours, ""));
+    }
+    ui.mean.text.textContent = within ? `(${p.y}, ${p.x})  ${shown(magnitude[i])} ± ${shown(sd[i])}` : some ? `in colour: standard deviation above ${shown(limit)}` : "point at a place to read it";
+    this.overlay(draw(ui.map, sd, 0, top, CIVIDIS), ui.map, sd, `0 … ${shown(top)}`);
+    ui.map.text.textContent = "spread under this method's prior and noise model, not the error";
+    const {samples} = frame.arrays, count = samples ? samples.shape[0] : 0, k = ((ui.draw % count) + count) % count;
+    ui.draws.root.hidden = !count;
+    if (count) {
+      const one = samples.subarray(k * width * height, (k + 1) * width * height);
+      this.overlay(draw(ui.draws, one, ...(this.part === "magnitude" ? [lo, hi, lut] : [0, quantile(magnitude, .995), GREY])), ui.draws, one, `${k + 1} of ${count}`);
+      ui.draws.text.textContent = "what comes and goes between draws is not in the data";
+    }
+    const truth = this.truth?.slice === this.slice ? planeOf(this.truth.data, "magnitude") : null;
+    if (truth) {
+      const error = magnitude.map((v, k) => Math.abs(v - truth[k]));
+      this.overlay(draw(ui.error, error, 0, top, CIVIDIS), ui.error, error, `0 … ${shown(top)}`);
+      // Where there is signal: outside it both are next to nothing.
+      const floor = .05 * quantile(truth, .995), share = k => {
+        let inside = 0, all = 0;
+        truth.forEach((v, j) => { if (v > floor) { all += 1; if (error[j] <= k * sd[j]) inside += 1; } });
+        return (100 * inside / (all || 1)).toFixed(0);
+      };
+      ui.error.text.textContent = `within 1 sd: ${share(1)} % of the pixels with signal, 2 sd: ${share(2)} % (normal errors: 68, 95)`;
+    }
+    ui.text.textContent = `${this.name(frame)} ${words(frame.dials)}`;
+    ui.table.replaceChildren(...this.counted(frame));
+  }
+
+  // What a method counted on its way, one number to a line.
+  counted(frame) {
+    const flat = Object.entries(frame?.stats || {}).flatMap(([k, v]) => v && typeof v === "object" && !Array.isArray(v) && k !== "certificate" ? Object.entries(v) : [[k, v]]);
+    const rows = flat.filter(([, v]) => v === null || typeof v !== "object" || (Array.isArray(v) && v.length < 9 && v.every(x => typeof x !== "object")));
+    return rows.map(([k, v]) => h("tr", {}, h("th", {}, k.replaceAll("_", " ")), h("td", {}, [v].flat().map(x => typeof x === "number" ? shown(x) : String(x ?? "–")).join(", "))));
   }
 
   buildMethods() {
@@ -1440,16 +1714,17 @@ export class Viewer {
         this.blind = e.target.checked;
         this.order = this.blind ? this.rows.map((_, i) => i).sort(() => Math.random() - .5) : null;
         this.buildMethods();
-      }}), " hide names and shuffle, for a fair look"));
+      }}), " hide names and shuffle, for a fair look"), " ",
+      h("label", {}, h("input", {type: "checkbox", checked: !!this.locked, onchange: e => { this.locked = e.target.checked; }}), " move dials of the same name together"));
     const order = this.order || this.rows.map((_, i) => i);
     this.methodRows = order.map(i => {
       const row = this.rows[i], dials = this.dials(i), item = {row, image: h("canvas"), error: h("canvas"), pictures: [new Picture(), new Picture()],
-        name: h("b", {}, this.blind ? `method ${order.indexOf(i) + 1}` : this.about.models[i].name), text: h("div", {className: "facts"}), values: {},
+        name: h("b", {}, this.blind ? `method ${order.indexOf(i) + 1}` : this.about.models[i].name), text: h("div", {className: "facts"}), values: {}, sliders: {},
         stop: h("button", {type: "button", hidden: true, onclick: () => this.stop(row.slot)}, "stop")};
       const controls = numeric(dials).map(n => {
         item.values[n] = h("span", {className: "soft"});
-        return h("label", {className: "dial"}, h("span", {}, this.blind ? "dial " : `${n} `, item.values[n]), h("input", {type: "range", min: 0, max: 1, step: "any", value: position(dials[n], row.want.dials[n]),
-          "aria-label": `${n} of ${this.about.models[i].name}`, oninput: e => this.turn({[n]: valueAt(dials[n], Number(e.target.value))}, {well: row})}));
+        return h("label", {className: "dial"}, h("span", {}, this.blind ? "dial " : `${n} `, item.values[n]), item.sliders[n] = h("input", {type: "range", min: 0, max: 1, step: "any", value: position(dials[n], row.want.dials[n]),
+          "aria-label": `${n} of ${this.about.models[i].name}`, oninput: e => this.turnRow(row, n, Number(e.target.value))}));
       });
       const go = h("div", {className: "tools"}, h("button", {type: "button", onclick: () => { this.show("tune"); this.go(row.want); }}, "open as A"),
         h("button", {type: "button", onclick: () => { this.b.want = structuredClone(row.want); this.refresh(this.b, 0); this.show("tune"); }}, "open as B"),
@@ -1461,6 +1736,14 @@ export class Viewer {
     });
     if (this.about.reference && this.truth?.slice !== this.slice) this.send("reference", this.a.want);
     this.sections.methods.replaceChildren(head, ...this.methodRows.map(m => m.root));
+  }
+
+  turnRow(row, name, place) {
+    for (const {row: other, sliders} of this.methodRows) {
+      if (other !== row && !(this.locked && sliders[name])) continue;
+      this.turn({[name]: valueAt(this.dials(other.want.model)[name], place)}, {well: other});
+      sliders[name].value = place;
+    }
   }
 
   atItsBest(row) {
@@ -1493,29 +1776,86 @@ export class Viewer {
     }
   }
 
-  kspace(answer) { this.spectrum = answer; this.redraw(); }
+  askKspace() { this.send("kspace", this.a.want, this.coil ? {coil: Number(this.coil)} : {}); }
+
+  kspace(answer) {
+    if (answer.slice !== this.slice || String(answer.coil ?? "") !== (this.coil || "")) return;
+    this.spectrum = answer;
+    this.redraw();
+  }
+
+  buildKspace() {
+    const {coils, acceleration} = this.about, view = this.kview;
+    const coil = h("select", {onchange: e => { this.coil = e.target.value; this.askKspace(); }}, h("option", {value: ""}, "all coils"),
+      Array.from({length: coils}, (_, k) => h("option", {value: k, selected: this.coil === String(k)}, `coil ${k + 1}`)));
+    const sampled = h("input", {type: "checkbox", checked: !!this.onlySampled, onchange: e => { this.onlySampled = e.target.checked; this.redraw(); }});
+    const pane = title => {
+      const item = {canvas: h("canvas"), read: h("span", {className: "soft"}), picture: new Picture()}, c = item.canvas;
+      let from = null;
+      const at = e => {
+        const box = c.getBoundingClientRect(), s = this.scaleOf(c, view, 1), r = devicePixelRatio || 1;
+        return {x: Math.floor(((e.clientX - box.left) * r - s.left) / s.x), y: Math.floor(((e.clientY - box.top) * r - s.top) / s.y)};
+      };
+      const zoom = (to, {x, y}) => {  // the point under the pointer stays there
+        const [height, width] = this.about.shape, k = view.zoom / (to = clamp(to, 1, 40));
+        Object.assign(view, {zoom: to, x: (x + .5) / width + (view.x - (x + .5) / width) * k, y: (y + .5) / height + (view.y - (y + .5) / height) * k});
+        this.redraw();
+      };
+      c.addEventListener("wheel", e => { e.preventDefault(); zoom(view.zoom * Math.exp(-e.deltaY / 400), at(e)); }, {passive: false});
+      c.addEventListener("pointerdown", e => { e.preventDefault(); c.setPointerCapture(e.pointerId); from = {x: e.clientX, y: e.clientY, at: {...view}}; });
+      c.addEventListener("pointermove", e => {
+        this.kcursor = at(e);
+        if (from) {
+          const s = this.scaleOf(c, view, 1), r = devicePixelRatio || 1;
+          view.x = from.at.x - (e.clientX - from.x) * r / (s.x * s.width);
+          view.y = from.at.y - (e.clientY - from.y) * r / (s.y * s.height);
+        }
+        this.redraw();
+      });
+      for (const end of ["pointerup", "pointercancel"]) c.addEventListener(end, () => { from = null; });
+      c.addEventListener("pointerleave", () => { this.kcursor = null; this.redraw(); });
+      c.addEventListener("dblclick", () => { Object.assign(view, {zoom: 1, x: .5, y: .5}); this.redraw(); });
+      item.root = h("figure", {}, h("figcaption", {}, h("b", {}, title), item.read), h("div", {className: "frame"}, c));
+      return item;
+    };
+    const rings = h("div", {className: "rings"});
+    this.spectrum = null;
+    this.kpanes = {image: pane("k-space of A (log)"), misfit: pane("data − A, where sampled (log)"), rings, text: h("p", {})};
+    this.sections["k-space"].replaceChildren(h("div", {className: "tools"}, coils > 1 ? coil : null, h("label", {}, sampled, " sampled points only"),
+      h("span", {className: "soft"}, `wheel: zoom · drag: move · double click: all · measured acceleration ${acceleration.toFixed(2)}`)),
+    h("div", {className: "row"}, this.kpanes.image.root, this.kpanes.misfit.root, rings), this.kpanes.text);
+    this.askKspace();
+  }
 
   drawKspace() {
-    const section = this.sections["k-space"], s = this.spectrum;
-    if (!s || s.number === section.drawn) return;
-    section.drawn = s.number;
-    const [height, width] = s.arrays.image.shape, log = (x, floor) => Float32Array.from(x, v => Math.log10(v + floor));
-    const top = s.arrays.image.reduce((a, b) => Math.max(a, b), 1e-30), figure = (title, plane, lo, hi, lut) => {
-      const canvas = new Picture().paint(plane, width, height, lo, hi, lut, "");
-      canvas.style.aspectRatio = `${width} / ${height}`;
-      return h("figure", {}, h("figcaption", {}, h("b", {}, title)), canvas);
-    };
-    const figures = [figure("k-space of A, over all coils (log)", log(s.arrays.image, top * 1e-6), Math.log10(top) - 5, Math.log10(top), GREY)];
-    if (s.arrays.misfit) {
-      figures.push(figure("data minus A, where sampled (log)", log(s.arrays.misfit, top * 1e-6), Math.log10(top) - 5, Math.log10(top), CIVIDIS));
-      figures.push(this.rings(s.rings));
+    const s = this.spectrum, panes = this.kpanes;
+    if (!s || !panes) return;
+    const [height, width] = this.about.shape, {image, misfit, mask} = s.arrays;
+    s.top ||= image.reduce((a, b) => Math.max(a, b), 1e-30);
+    s.logs ||= Object.fromEntries(Object.entries({image, misfit}).filter(([, plane]) => plane).map(([name, plane]) => [name, Float32Array.from(plane, v => Math.log10(v + s.top * 1e-6))]));
+    const high = Math.log10(s.top), p = this.kcursor, inside = p && p.x >= 0 && p.y >= 0 && p.x < width && p.y < height;
+    panes.misfit.root.hidden = !misfit;
+    for (const [name, lut] of [["image", GREY], ["misfit", BLACK_FIRST]]) {
+      const {canvas, picture, read} = panes[name];
+      let plane = s.logs[name];
+      if (!plane) continue;
+      if (mask && (name === "misfit" || this.onlySampled)) plane = (s.masked ||= {})[name] ||= plane.map((v, i) => mask[i] ? v : -Infinity);
+      const context = this.fit(canvas);
+      context.fillStyle = "#000";
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      // What was not sampled is black, not the colour of a small number.
+      this.drawImage(context, picture.paint(plane, width, height, high - 5, high, lut, `${s.number}|${this.onlySampled}`), this.scaleOf(canvas, this.kview, 1));
+      read.textContent = inside ? `(${p.y - (height >> 1)}, ${p.x - (width >> 1)})  ${plane[p.y * width + p.x] === -Infinity ? "not sampled" : shown(s.arrays[name][p.y * width + p.x])}` : "";
     }
-    const ratio = s.noise ? s.residual / s.noise : null;
-    section.replaceChildren(h("div", {className: "row"}, figures), h("p", {},
-      `A: ${this.about.models[s.model].name} ${words(s.dials)}${this.about.slices > 1 ? `, slice ${s.slice}` : ""}. `,
-      s.residual === null ? "Its data residual is not known" : `Data residual ${(100 * s.residual).toFixed(2)} %`,
-      s.arrays.misfit ? "" : " (over the samples along the trajectory: off the grid, there is no picture of it)",
-      s.residual === null ? "." : ratio ? `, ${ratio.toFixed(2)} times what noise alone would leave: ${ratio < .8 ? "the image fits noise" : ratio > 1.25 ? "the image misses some of the data" : "as it should be"}.` : "; the noise of this scan is unknown."));
+    if (this.ringsOf !== s) {
+      this.ringsOf = s;
+      panes.rings.replaceChildren(...(s.rings ? [this.rings(s.rings)] : []));
+      const ratio = s.noise ? s.residual / s.noise : null;
+      panes.text.textContent = [`A: ${this.about.models[s.model].name} ${words(s.dials)}${this.about.slices > 1 ? `, slice ${s.slice}` : ""}.`,
+        s.residual === null ? "Its data residual is not known" : `Data residual ${(100 * s.residual).toFixed(2)} %`,
+        misfit ? "" : "(over the samples along the trajectory: off the grid, there is no picture of it)",
+        s.residual === null ? "." : ratio ? `= ${ratio.toFixed(2)} times what noise alone would leave: ${ratio < .8 ? "the image fits noise" : ratio > 1.25 ? "the image misses some of the data" : "as it should be"}.` : "; the noise of this scan is unknown."].join(" ").replace(/ +([.;])/g, "$1");
+    }
   }
 
   // Means over rings around zero frequency: signal, residual, noise.
@@ -1539,6 +1879,45 @@ export class Viewer {
     return h("figure", {}, h("figcaption", {}, h("b", {}, "mean from centre to edge (log)")), canvas);
   }
 
+  // The record of a method that goes down one energy after another.
+  descents({levels}) {
+    const falls = x => x.every((v, i) => !i || v <= x[i - 1] + 1e-6 * Math.abs(x[i - 1])), cell = v => h("td", {}, v);
+    return h("section", {}, h("h3", {}, "Certificate of A"), h("table", {}, h("tr", {}, ["σ", "iterations", "energy, from", "to", "never rises"].map(t => h("th", {}, t))),
+      levels.map(({sigma, iterations, objective}) => h("tr", {}, cell(shown(sigma)), cell(String(iterations)), cell(objective[0].toPrecision(6)), cell(objective.at(-1).toPrecision(6)), cell(falls(objective) ? "yes" : "NO")))));
+  }
+
+  // The record of a method that proves its descent: the energy after each phase, and which step was taken there.
+  certificate() {
+    const frame = this.a.frame, c = frame?.stats?.certificate;
+    if (Array.isArray(c?.levels)) return this.descents(c);
+    if (!Array.isArray(c?.psi) || !Array.isArray(c.branch)) return "";
+    const colours = {proposed: "#7fd08a", damped: "#5aa9f0", waited: "#c58fe0", gradient: "#f0a23c", stopped: "#9aa0a8"};
+    const canvas = h("canvas", {className: "trace", width: 1520, height: 440, "aria-label": "energy after each phase"}), context = canvas.getContext("2d");
+    const psi = c.psi.map(Number), lo = Math.min(...psi), hi = Math.max(...psi), last = psi.length - 1 || 1;
+    const x = i => 30 + i / last * 1460, y = v => 400 - (v - lo) / (hi - lo || 1) * 340;
+    Object.assign(context, {fillStyle: "#0b0c0e", lineWidth: 3, strokeStyle: "#b8bdc4", font: "24px system-ui, sans-serif"});
+    context.fillRect(0, 0, 1520, 440);
+    context.beginPath();
+    psi.forEach((v, i) => context[i ? "lineTo" : "moveTo"](x(i), y(v)));
+    context.stroke();
+    psi.forEach((v, i) => {
+      context.fillStyle = i ? colours[c.branch[i - 1]] || "#e9e9ea" : "#e9e9ea";
+      context.beginPath();
+      context.arc(x(i), y(v), 9, 0, 2 * Math.PI);
+      context.fill();
+    });
+    context.fillStyle = "#9aa0a8";
+    context.fillText(`Ψ ${psi[0].toPrecision(6)} → ${psi.at(-1).toPrecision(6)}`, 1100, 40);
+    const count = name => c.branch.filter(b => b === name).length;
+    const legend = Object.entries(colours).filter(([name]) => count(name)).map(([name, colour]) => {
+      const word = h("span", {}, `● ${name} ${count(name)}  `);
+      word.style.color = colour;
+      return word;
+    });
+    return h("section", {}, h("h3", {}, "Certificate of A"), h("p", {}, c.descent ? "Ψ never rises" : "Ψ rises somewhere: nothing is proved", c.guarded === false ? " (the safeguard is off)" : "",
+      `; ‖∇φ‖/√pixels at the end ${Number(c.gradient).toPrecision(3)}. Steps: `, legend), canvas, h("table", {}, this.counted({stats: {...c, psi: {}, branch: {}}})));
+  }
+
   buildReport() {
     const {about} = this, model = about.models[this.a.want.model], button = (text, title, onclick) => h("button", {type: "button", title, onclick}, text);
     const facts = [["scan", about.title], ["provenance", about.provenance], ["scan SHA-256", about.source?.sha256 || ""], ["matrix", about.shape.join(" × ")],
@@ -1549,7 +1928,7 @@ export class Viewer {
         button("save PNG", "the panes with their captions", () => { this.show("tune"); requestAnimationFrame(() => this.savePng()); }),
         button("print or PDF", "by your browser", () => print()), button("export kept", "picks.json", () => this.exportKept()), button("copy command", "of pane A", () => this.copyCommand())),
       h("h3", {}, "Kept"), h("ol", {className: "kept"}, this.kept.length ? this.kept.map(k => h("li", {}, `${about.models[k.model].name} ${words(k.dials)}: ${k.note || "no note"}`, h("code", {}, this.command(k)))) : h("li", {className: "soft"}, "nothing yet")),
-      h("h3", {}, "Provenance"), h("table", {}, facts.map(([k, v]) => h("tr", {}, h("th", {}, k), h("td", {}, v)))),
+      this.certificate(), h("h3", {}, "Provenance"), h("table", {}, facts.map(([k, v]) => h("tr", {}, h("th", {}, k), h("td", {}, v)))),
       h("p", {className: "soft"}, "For research: not for diagnosis. Previews are rebuilt from a few components; measurements need the exact image."));
   }
 
@@ -1636,7 +2015,7 @@ export function notebook(model) {
     link.answer(unpack(view.buffer ? view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength) : view));
   };
   link.start = () => { model.on("msg:custom", take); link.state(true); model.send({hello: true}); };
-  link.end = () => model.off("msg:custom", take);
+  link.end = () => { model.off("msg:custom", take); model.send({bye: true}); };
   return link;
 }
 

@@ -1,0 +1,416 @@
+"""The generative prior against its bars, one thread, each part by itself:
+
+    python benchmarks/generative.py masks      one image, many patterns: zero-filled, TV, a supervised network, MAP, MMSE
+    python benchmarks/generative.py coils      the same with eight coils, in and out of distribution
+    python benchmarks/generative.py posterior  intervals against errors, growth with acceleration, mixing of the chains
+    python benchmarks/generative.py adapted    another anatomy: the weight from `tunemri choose`, without a reference
+    python benchmarks/generative.py joint      image and coil maps together on a raw scan with few calibration lines
+    python benchmarks/generative.py speed      seconds and memory over sizes and coils
+    python benchmarks/generative.py prior      what the prior believes without any data: samples, and a landscape
+
+    [--data FOLDER] [--model WEIGHTS] [--supervised WEIGHTS] [--limit N] [-o FOLDER]
+
+Scans of `masks` to `adapted` are simulated from validation images with smooth phase and noise of half a per cent of the
+maximum. TV gets, for each pattern, the weight that is best on the very images it is judged on; the prior takes what it
+suggests itself, the same for all patterns.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
+
+import argparse
+import hashlib
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tunemri
+from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers
+from tunemri.evaluation import Case, Contestant, Row
+from tunemri.fourier import crop, ifft2
+from tunemri.masks import make_mask
+from tunemri.methods.classical import TotalVariation, ZeroFilled
+from tunemri.scan import Scan
+from tunemri.simulate import phantom, simulate
+
+# name → family, acceleration, options: the patterns of the paper.
+MASKS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "random 3×, no centre": ("random", 3, {}),
+    "Cartesian 4×, 8 %": ("cartesian-random", 4, {"center_fraction": 0.08}),
+    "spiral 5×": ("spiral", 5, {}),
+    "radial 6×": ("radial-golden", 6, {}),
+    "Cartesian 4×, 8 %, swapped": ("cartesian-random", 4, {"center_fraction": 0.08, "phase_axis": "rows"}),
+    "Cartesian 4×, 4 %": ("cartesian-random", 4, {"center_fraction": 0.04}),
+}
+PARALLEL: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "Cartesian 4×, 8 %": MASKS["Cartesian 4×, 8 %"],
+    "Cartesian 4×, 8 %, swapped": MASKS["Cartesian 4×, 8 %, swapped"],
+    "Cartesian 4×, 4 %": MASKS["Cartesian 4×, 4 %"],
+    "radial 11×": ("radial", 11, {}),
+    "Gaussian 8×": ("gaussian", 8, {"calibration": 0}),
+}
+NOISE = 0.005
+MEAN_OF = ("Cartesian 4×, 8 %", "spiral 5×", "radial 6×")  # the bar of 1.5 dB is on their mean
+SHOWN = ("psnr", "nmse", "ssim")
+
+
+def images(options: argparse.Namespace, source: str) -> list[Tensor]:
+    """Validation images of one source, evenly spaced, the nearly empty ones left out; of a smaller matrix if asked for."""
+    planes = [
+        x
+        for x in datasets.load_images(options.data / "val", [source])[source]
+        if float((x.abs() > 0.1).float().mean()) > 0.15
+    ]
+    step = max(1, len(planes) // options.limit)
+    planes = planes[: step * options.limit : step]
+    if not options.size:
+        return planes
+    return [F.interpolate(x[None, None], (options.size, options.size), mode="area")[0, 0] for x in planes]
+
+
+def cases(planes: Sequence[Tensor], source: str, mask: str, patterns: dict[str, Any], coils: int) -> Iterator[Case]:
+    """The images under one pattern; an image has the same phase, noise and coils under all of them."""
+    family, acceleration, options = patterns[mask]
+    for i, x in enumerate(planes):
+        seed = int.from_bytes(hashlib.sha256(f"{source}/{i}".encode()).digest()[:3])
+        pattern = make_mask(family, (x.shape[0], x.shape[1]), acceleration, seed=seed, **options)
+        scan, target = simulate(x[None], mask=pattern, coils=coils, noise=NOISE, seed=seed)
+        scan = replace(scan, csm=methods.prepare(scan).csm)
+        yield Case(name=f"{source}/{i}", scan=scan, reference=target, labels={"mask": mask, "source": source})
+
+
+def judged(
+    mask: str, group: list[Case], contestants: Sequence[Contestant], keep: Path | None, points: int = 5
+) -> list[Row]:
+    """Zero-filling, TV with its best weight, and the contestants, all on the same scans."""
+    tuned = evaluation.tune(group, TotalVariation(), points=points, rounds=2, keep=keep)
+    entered = [
+        Contestant(name="zero-filled", model=ZeroFilled()),
+        Contestant(name="TV, tuned", model=TotalVariation(), dials=tuned.dials),
+        *contestants,
+    ]
+    rows = evaluation.evaluate(entered, group, metrics=SHOWN, keep=keep)
+    print(f"\n{mask}: n = {len(group)}, actual acceleration {statistics.fmean(c.scan.acceleration for c in group):.2f}")
+    for contestant in entered:
+        own = [row for row in rows if row.labels["model"] == contestant.name]
+        dials = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in contestant.dials.items())
+        print(
+            f"  {contestant.name:22} {spread(own)}   {statistics.fmean(r.seconds for r in own):6.1f} s   {dials}",
+            flush=True,
+        )
+    return rows
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """PSNR / NMSE × 100 / SSIM, mean ± standard deviation."""
+
+    def one(metric: str, factor: float, form: str) -> str:
+        values = [factor * row.metrics[metric] for row in rows]
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.fmean(values):{form}} ± {sd:{form}}"
+
+    return f"{one('psnr', 1, '6.2f')} dB   {one('nmse', 100, '6.3f')}   {one('ssim', 1, '.3f')}"
+
+
+def mean(rows: Sequence[Row], model: str, mask: str) -> float:
+    own = [r.metrics["psnr"] for r in rows if r.labels["model"] == model and r.labels["mask"] == mask]
+    return statistics.fmean(own) if own else math.nan
+
+
+def verdict(name: str, value: float, met: bool, bar: str) -> None:
+    print(f"{'met   ' if met else 'MISSED'}  {name}: {value:.2f} (bar: {bar})")
+
+
+def contestants(options: argparse.Namespace) -> list[Contestant]:
+    prior = loaded(options)
+    found = [Contestant(name="MAP", model=prior, dials={"estimate": "map"})]
+    if not options.no_mmse:
+        found.append(Contestant(name="MMSE", model=prior, dials={"estimate": "mmse"}))
+    if options.supervised:
+        found.insert(0, Contestant(name=Path(options.supervised).stem, model=tunemri.load(options.supervised)))
+    return found
+
+
+def loaded(options: argparse.Namespace) -> Any:
+    """The prior, with as many samples as asked for."""
+    prior: Any = tunemri.load(options.model)
+    if options.samples:
+        prior.draws = replace(prior.draws, samples=options.samples)
+    return prior
+
+
+def part_masks(options: argparse.Namespace) -> None:
+    planes, rows = images(options, options.source), []
+    for mask in MASKS:
+        rows += judged(mask, list(cases(planes, options.source, mask, MASKS, 1)), contestants(options), options.keep)
+    save(rows, options, f"masks-{options.source}")
+    gain = {mask: mean(rows, "MAP", mask) - mean(rows, "TV, tuned", mask) for mask in MASKS}
+    print()
+    for mask, value in gain.items():
+        verdict(f"MAP - TV, {mask} [dB]", value, value >= 0, "never below")
+    three = statistics.fmean(gain[mask] for mask in MEAN_OF)
+    verdict("MAP - TV, mean of Cartesian, spiral, radial [dB]", three, three >= 1.5, "1.5")
+    verdict(
+        "MAP - TV, random without centre [dB]", gain["random 3×, no centre"], gain["random 3×, no centre"] >= 4, "4"
+    )
+    if not options.no_mmse:
+        for mask in MASKS:
+            value = mean(rows, "MMSE", mask) - mean(rows, "MAP", mask)
+            verdict(f"MMSE - MAP, {mask} [dB]", value, value >= 0, "0")
+    if options.supervised:
+        for mask in MASKS:
+            value = mean(rows, "MAP", mask) - mean(rows, Path(options.supervised).stem, mask)
+            verdict(
+                f"MAP - {Path(options.supervised).stem}, {mask} [dB]", value, value >= 0, "0 where it was not trained"
+            )
+
+
+def part_coils(options: argparse.Namespace) -> None:
+    rows = []
+    for source in (options.source, "knee"):
+        planes = images(options, source)
+        for mask in PARALLEL:
+            group = list(cases(planes, source, mask, PARALLEL, 8))
+            rows += judged(f"{source}, {mask}", group, contestants(options), options.keep)
+    save(rows, options, "coils")
+
+
+def part_adapted(options: argparse.Namespace) -> None:
+    """Another anatomy: the weight that held-out samples choose, against TV with its best weight."""
+    prior, rows = tunemri.load(options.model), []
+    planes = images(options, "knee")
+    for mask in MASKS:
+        group = list(cases(planes, "knee", mask, MASKS, 1))
+        rows += judged(mask, group, [Contestant(name="MAP", model=prior, dials={"estimate": "map"})], options.keep)
+        for case in group:
+            chosen = tunemri.choose(case.scan, prior, fixed={"estimate": "map"}, refine=2).dials
+            rows += evaluation.evaluate(
+                [Contestant(name="MAP, chosen", model=prior, dials=chosen)], [case], metrics=SHOWN
+            )
+        own = [row for row in rows if row.labels["model"] == "MAP, chosen" and row.labels["mask"] == mask]
+        print(f"  {'MAP, chosen':22} {spread(own)}   lam {[round(float(r.dials['lam']), 2) for r in own]}", flush=True)
+    save(rows, options, "adapted")
+    print()
+    for mask in MASKS:
+        value = mean(rows, "MAP, chosen", mask) - mean(rows, "TV, tuned", mask)
+        verdict(f"knee, MAP with chosen weight - TV, {mask} [dB]", value, value >= 0, "0")
+
+
+def part_posterior(options: argparse.Namespace) -> None:
+    """90 % intervals of both parts of every pixel of the object; correlation of standard deviation and error."""
+    prior = loaded(options)
+    planes = images(options, options.source)
+    patterns = {f"Cartesian {r}×": ("cartesian-random", r, {}) for r in (2, 4, 8)} | {
+        "radial 6×": MASKS["radial 6×"], "random 3×, no centre": MASKS["random 3×, no centre"],
+    }  # fmt: skip
+    print(
+        "pattern                  coverage: object  everywhere   correlation   mean std   R-hat ≤ 1.1   ESS (median)   s"
+    )
+    deviations: dict[str, float] = {}
+    picture: list[plots.Panel] = []
+    for mask in patterns:
+        numbers = []
+        for case in cases(planes, options.source, mask, patterns, 1):
+            start = time.perf_counter()
+            out = tunemri.reconstruct(case.scan, prior, estimate="mmse")
+            seconds = time.perf_counter() - start
+            assert out.variance is not None and case.reference is not None
+            record = out.stats["chains"][0]
+            error, std = out.image - case.reference, out.variance.sqrt()
+            # E|x - mean|² counts both parts: each has half of it.
+            inside = torch.view_as_real(error).abs() <= 1.6449 * (std / math.sqrt(2))[..., None]
+            inside = inside.float().mean(-1)
+            body = metrics.foreground(case.reference.abs())
+            pair = torch.stack((std[body], error.abs()[body]))
+            top = float(case.reference.abs().max())
+            numbers.append(
+                (
+                    float(inside[body].mean()), float(inside.mean()), float(torch.corrcoef(pair)[0, 1]),
+                    float(std[body].mean()) / top, record["mixed"], record["effective"], seconds,
+                )
+            )  # fmt: skip
+            if case.name.endswith("/0") and mask == "Cartesian 4×":
+                picture = [
+                    plots.Panel(title="reference", image=case.reference[0]), plots.Panel(title="mean", image=out.image[0]),
+                    plots.Panel(title="error × 5", image=5 * error[0]), plots.Panel(title="std × 5", image=5 * std[0]),
+                ]  # fmt: skip
+        a = torch.tensor(numbers).mean(0).tolist()
+        deviations[mask] = a[3]
+        print(
+            f"{mask:24} {a[0]:17.1%} {a[1]:11.1%} {a[2]:13.2f} {a[3]:10.4f} {a[4]:13.1%} {a[5]:14.0f} {a[6]:6.0f}",
+            flush=True,
+        )
+        verdict(f"coverage of 90 % intervals, {mask}", a[0], 0.80 <= a[0] <= 0.97, "0.80 to 0.97")
+        verdict(f"correlation of std and error, {mask}", a[2], a[2] > 0.3, "0.3")
+        verdict(f"share of pixels with R-hat ≤ 1.1, {mask}", a[4], a[4] >= 0.95, "0.95")
+    growth = [deviations[f"Cartesian {r}×"] for r in (2, 4, 8)]
+    verdict("std grows with acceleration: 4× over 2×", growth[1] / growth[0], growth[0] < growth[1] < growth[2], "1")
+    if picture and options.output:
+        plots.strip(picture).save(options.output / "posterior.png", overwrite=True)
+
+
+def part_joint(options: argparse.Namespace) -> None:
+    """A raw scan at 4× with 4 % of its lines for calibration: maps by ESPIRiT, or with the image."""
+    prior = tunemri.load(options.model)
+    full = tunemri.read(options.data / "bench/raw/brain_7ch_cart.h5")
+    h, w = (n // 2 * 2 for n in full.image_shape)
+    kspace = crop(full.kspace[:1], (h, w))
+    reference = ifft2(kspace).abs().square().sum(1).sqrt()
+    for seed in range(options.limit):
+        mask = make_mask("cartesian-random", (h, w), 4, seed=seed, center_fraction=0.04)[None, None]
+        scan = Scan(kspace=kspace * mask, mask=mask, image_shape=(h, w), provenance="brain_7ch_cart")
+        scores = {}
+        for name in ("espirit", "joint"):
+            start = time.perf_counter()
+            out = tunemri.reconstruct(scan, prior, csm=name, estimate="map")
+            scores[name] = metrics.psnr(out.image.abs(), reference)
+            print(
+                f"seed {seed}, {scan.acceleration:.2f}×, {name:8} {scores[name]:6.2f} dB   "
+                f"{time.perf_counter() - start:5.1f} s   {out.status}", flush=True
+            )  # fmt: skip
+        gain = scores["joint"] - scores["espirit"]
+        verdict("joint estimation - ESPIRiT [dB]", gain, gain > 0, "0")
+
+
+def part_speed(options: argparse.Namespace) -> None:
+    """Each size in a process of its own, so that its peak memory is its own."""
+    print("size   coils   seconds   peak memory [GB]")
+    found = {}
+    for size, coils in ((256, 1), (320, 1), (320, 4), (320, 8), (320, 15)):
+        command = [
+            sys.executable,
+            __file__,
+            "one",
+            "--model",
+            str(options.model),
+            "--size",
+            str(size),
+            "--coils",
+            str(coils),
+        ]
+        seconds, gigabytes = map(
+            float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        )
+        found[size, coils] = seconds, gigabytes
+        print(f"{size}²   {coils:5d}   {seconds:7.1f}   {gigabytes:.2f}", flush=True)
+    verdict("MAP of 256², one coil [s]", found[256, 1][0], found[256, 1][0] <= 10, "10")
+    verdict("MAP of 320², 15 coils [s]", found[320, 15][0], found[320, 15][0] <= 60, "60")
+    peak = max(gigabytes for _, gigabytes in found.values())
+    verdict("peak memory [GB]", peak, peak <= 2, "2")
+
+
+def part_one(options: argparse.Namespace) -> None:
+    """Processor seconds and peak memory of one MAP reconstruction."""
+    shape = (options.size, options.size)
+    scan, _ = simulate(
+        phantom(shape)[None], mask=make_mask("cartesian-random", shape, 4), coils=options.coils, noise=NOISE, store_maps=options.coils > 1,
+    )  # fmt: skip
+    prior = tunemri.load(options.model)
+    start = time.process_time()
+    tunemri.reconstruct(scan, prior, estimate="map")
+    print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def part_prior(options: argparse.Namespace) -> None:
+    """Annealed Langevin chains without data, and the energy on the plane of one chain's path at the lowest level."""
+    prior = loaded(options)
+    energy = prior.energy
+    lo, hi = prior.levels
+    generator = torch.Generator().manual_seed(options.seed)
+    chains, size = 4, options.size or 128
+    x = hi * torch.randn(chains, size, size, dtype=torch.complex64, generator=generator)
+    levels = torch.logspace(math.log10(hi), math.log10(max(lo, 0.01)), 30).tolist()
+    path: list[Tensor] = []
+    for level in levels:
+        # U = 2E/σ² is -log p of what has noise of this level; its curvature is 2/σ² at most.
+        sigma = torch.full((chains,), level)
+
+        def gradient(x: Tensor, sigma: Tensor = sigma, level: float = level) -> tuple[Tensor, Tensor]:
+            value, slope = energy.value_and_gradient(x, sigma)
+            return 2 * value / level**2, 2 * slope / level**2
+
+        last = level == levels[-1]
+        done = solvers.langevin(
+            gradient, x, step=0.1 * level**2, samples=options.moves * (5 if last else 1), generator=generator, limit=1e3,
+            observe=(lambda x: path.append(x[0].clone()) or x) if last else None,  # type: ignore[func-returns-value]
+        )  # fmt: skip
+        x = done.last
+    sigma = torch.full((1,), levels[-1])
+    with torch.no_grad():
+        clean = x - energy.value_and_gradient(x, sigma.expand(chains))[1]
+    found = landscape.energy_surface(
+        lambda x: energy(x, sigma.expand(len(x))) / levels[-1] ** 2,
+        torch.stack(path[:: max(1, len(path) // 200)]),
+        points=31,
+    )
+    print(
+        f"{chains} chains of {done.moves} moves at σ = {levels[-1]:.3g}: {100 * float(found.share.sum()):.0f} % in the plane"
+    )
+    print(
+        f"energy on the plane from {float(found.energy.min()):.1f} to {float(found.energy.max()):.1f} (in units of σ²)"
+    )
+    print(
+        f"draws: |x| at most {float(x.abs().max()):.2f}, R-hat ≤ 1.1 on {float((done.moments.r_hat <= 1.1).float().mean()):.0%}"
+    )
+    if options.output:
+        panels = [plots.Panel(title=f"chain {k + 1}", image=image) for k, image in enumerate(clean)]
+        plots.strip(panels).save(options.output / "prior-samples.png", overwrite=True)
+        plots.surface(found, title=f"E/σ² around a chain, σ = {levels[-1]:.2g}").save(
+            options.output / "prior-landscape.png", overwrite=True
+        )
+
+
+def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
+    if options.output:
+        evaluation.write_csv(options.output / f"{name}.csv", evaluation.records(rows), overwrite=True)
+
+
+PARTS = {
+    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "adapted": part_adapted, "joint": part_joint,
+    "speed": part_speed, "one": part_one, "prior": part_prior,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=sorted(PARTS))
+    folder = Path(os.environ.get("TUNEMRI_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
+    parser.add_argument("--data", type=Path, default=folder, help="folder with val/ and bench/")
+    parser.add_argument("--model", default="energy-brain")
+    parser.add_argument("--supervised", default="", help="weights of a supervised network to compare with")
+    parser.add_argument("--source", default="openms", help="validation images of `masks`, `coils` and `posterior`")
+    parser.add_argument("--limit", type=int, default=8, help="images (or masks, of `joint`)")
+    parser.add_argument("--no-mmse", action="store_true", help="leave the posterior mean out of the tables")
+    parser.add_argument("--size", type=int, default=0, help="side of the images; 0: as they are, 128 of `prior`")
+    parser.add_argument("--coils", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, help="of each chain, of the posterior; none: as the weights file says")
+    parser.add_argument("--moves", type=int, default=20, help="per level of `prior`")
+    parser.add_argument("--seed", type=int, default=0, help="of `prior`")
+    parser.add_argument("--keep", type=Path, help="folder that keeps finished rows, to go on from")
+    parser.add_argument("-o", "--output", type=Path, help="folder for tables and pictures")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", tunemri.errors.TunemriWarning)
+    for each in (options.output, options.keep):
+        if each is not None:
+            each.mkdir(parents=True, exist_ok=True)
+    PARTS[options.part](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,627 @@
+"""A generative prior: one energy of images, learned without any sampling pattern, for every sampling pattern.
+
+    p(x | y) ∝ exp(−‖A x − y‖² / λν² − 2 E(x, σ) / σ²),    σ → 0
+
+ν and σ are standard deviations of complex noise: ν of what was measured, σ of what the energy was trained to see in
+images. x ↦ D(x, σ) = x − ∇E(x, σ) removes noise of that level, so −2∇E/σ² is the score of images with that noise.
+
+The mode is found level by level, each with its certificate of descent. Draws come from the same energies: noise of
+the highest level is taken away in steps, and in each the data say what they know.
+
+Sources: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023), for the system;
+P. Vincent, "A connection between score matching and denoising autoencoders" (2011), for the training of our energy;
+S. Hurault, A. Leclaire, N. Papadakis, "Gradient step denoiser for convergent plug-and-play" (2022), for its form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from .. import coils, errors, solvers
+from ..networks.energy import ENERGIES, Homogeneous
+from ..operators import LinearOperator, NonCartesian
+from ..scan import Reconstruction, Scan, joined
+from .base import Dial, Reconstructor, data_residual
+
+__all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "noise_level"]
+
+_BINS = 12  # of log σ, in which the energies of training images are remembered
+_FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """How the mode is looked for.
+
+    Arguments:
+        levels: of σ, geometric from the highest trained to that of the noise.
+        steps: of accelerated descent at each, at most.
+        inertia: steps for which it builds up at most before a level begins; levels share it.
+        tolerance: on the relative change of the image in a step.
+        inner: conjugate gradient steps, at most, with which the data are met in each.
+        mu: weight of the roughness of coil maps, where they are sought too.
+        map_steps: for them, at each level, at most.
+    """
+
+    levels: int = 10
+    steps: int = 3
+    inertia: int = 10
+    tolerance: float = 1e-3
+    inner: int = 10
+    mu: float = 10.0
+    map_steps: int = 5
+
+    def __post_init__(self) -> None:
+        good = min(self.levels - 1, self.steps, self.inner, self.map_steps) >= 1
+        if not good or not 0 <= self.tolerance < 1 or not 0 <= self.mu < math.inf:
+            raise errors.BadOption(f"found {self}, expected levels ≥ 2, steps ≥ 1, tolerance and mu ≥ 0", key="mode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How the posterior is drawn from.
+
+    Arguments:
+        chains: run side by side, each from noise of its own.
+        samples: of each chain; their number is `chains` times as large.
+        burn_in: draws of each chain that do not count.
+        renew: σ of the noise that each move adds.
+        levels: of σ, geometric, through which it takes the noise away; of the paper's energy, which has none, steps
+            between draws.
+        spread: factor on the error that D had in training.
+        inner: conjugate gradient steps, at most, with which the data are met at each.
+        seed: of all randomness.
+    """
+
+    chains: int = 4
+    samples: int = 8
+    burn_in: int = 1
+    renew: float = 0.1
+    levels: int = 8
+    spread: float = 1.0
+    inner: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = min(self.chains, self.samples, self.levels - 1, self.inner, self.burn_in + 1)
+        if counts < 1 or not 0 < self.renew < math.inf or not 0 <= self.spread < math.inf:
+            raise errors.BadOption(f"found {self}, expected levels ≥ 2, counts ≥ 1, renew > 0, spread ≥ 0", key="draws")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How the paper's energy is trained.
+
+    Arguments:
+        smooth: standard deviation of the noise added to images: a density that has a slope everywhere.
+        noise: ε of the chains; with the temperature T = ε²/2, they draw from exp(−R/T).
+        chain: steps of a chain at each update, once training is under way; fewer before.
+        growth: updates in which the length comes to 1 − 1/e of that.
+        replay: images kept, from which chains go on.
+        survival: chance of one to be kept after it was used; others begin again at an image, or at its pixels shuffled.
+        limit: |u| at which chains count as diverged.
+    """
+
+    smooth: float = 0.015
+    noise: float = 0.0075
+    chain: int = 500
+    growth: float = 1000.0
+    replay: int = 8000
+    survival: float = 0.99
+    limit: float = 100.0
+
+    def __post_init__(self) -> None:
+        positive = min(self.smooth, self.noise, self.chain, self.growth, self.replay, self.limit) > 0
+        if not positive or not 0 <= self.survival <= 1:
+            raise errors.BadOption(f"found {self}, expected numbers > 0 and a survival in [0, 1]", key="likelihood")
+
+    def length(self, update: int) -> int:
+        """Steps of a chain at an update, counted from 0."""
+        return math.ceil(self.chain * (1 - math.exp(-update / self.growth) + 0.01))
+
+
+# Constructor arguments by name, `Generative(**PRESETS["paper"])`: 21,350,640 parameters, as published.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"energy": {"name": "paper"}, "likelihood": {}},
+    "default": {"energy": {"name": "unet", "widths": [24, 48, 96, 128]}},
+}
+
+
+class Generative(Reconstructor):
+    """The prior and what follows from it.
+
+    Arguments:
+        energy: `name` in `networks.energy.ENERGIES`, by default "unet", and its arguments.
+        levels: (lo, hi) of σ in training, over the scale of the image (see `scan.normalise`).
+        mode, draws: how to find the mode and how to draw, see `Mode` and `Draws`.
+        likelihood: how to train the paper's energy, see `Likelihood`.
+        trained: range of images seen in training, filled in by the recipe.
+    """
+
+    usual: Tensor
+    replay: Tensor
+    updates: Tensor
+    balance: Tensor
+
+    def __init__(
+        self,
+        *,
+        energy: Mapping[str, Any] | None = None,
+        levels: Sequence[float] = (0.004, 1.0),
+        mode: Mapping[str, Any] | None = None,
+        draws: Mapping[str, Any] | None = None,
+        likelihood: Mapping[str, Any] | None = None,
+        trained: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        lo, hi = levels
+        if not 0 < lo < hi < math.inf:
+            raise errors.BadOption(f"found {list(levels)}, expected 0 < lo < hi", key="levels")
+        self.levels = float(lo), float(hi)
+        spec = dict(energy or {})
+        name = spec.pop("name", "unet")
+        if name not in ENERGIES:
+            raise errors.BadOption(f"found {name!r}", key="energy.name", help=errors.did_you_mean(str(name), ENERGIES))
+        self.energy = _made(ENERGIES[name], "energy", spec)
+        self.likelihood: Likelihood = _made(Likelihood, "likelihood", likelihood)
+        if isinstance(self.energy, Homogeneous):
+            if abs(2 * self.energy.temperature / self.likelihood.noise**2 - 1) > 1e-6:
+                raise errors.BadOption(
+                    f"found {self.energy.temperature:g}, expected noise²/2 of the chains", key="energy.temperature"
+                )
+            # Memory of training: part of its state, so that it resumes exactly, but not of the weights.
+            self.register_buffer("replay", torch.zeros(0), persistent=False)
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+            # R of images and of chains, over what it is in equilibrium: n T with n pixels.
+            self.register_buffer("balance", torch.zeros(2))
+        self.mode, self.draws = _made(Mode, "mode", mode), _made(Draws, "draws", draws)
+        # Of noisy training images, in bins of log σ: means of log E/(σ² pixels), of its square, and of the loss.
+        self.register_buffer("usual", torch.zeros(3, _BINS))
+        self.trained = dict(trained or {})
+        self.arguments = {
+            "energy": dict(energy or {}), "levels": list(self.levels), "mode": dict(mode or {}),
+            "draws": dict(draws or {}), "likelihood": dict(likelihood or {}), "trained": self.trained,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        y: Tensor,
+        A: LinearOperator,
+        *,
+        lam: Annotated[
+            float,
+            Dial(
+                sentence="weight of the prior, over the one that the noise in the data asks for",
+                default=1.0, lo=0.05, hi=20.0, scale="log", low="faithful, noisy", high="smooth",
+            ),
+        ] = 1.0,
+        estimate: Annotated[
+            str,
+            Dial(
+                sentence="the most probable image, or the mean of the probable ones with their spread",
+                default="map", choices=("map", "mmse"),
+            ),
+        ] = "map",
+        noise: float | None = None,
+        joint: bool = False,
+    ) -> Reconstruction:  # fmt: skip
+        """Reconstruct: the mode of the posterior, or its mean and variance E|x − x̂|².
+
+        Arguments:
+            noise: ν; None: as `noise_level` finds it.
+            joint: estimate the coil maps together with the image, beginning at those of A.
+
+        Raises:
+            BadOption: lam or noise not above zero. NonFinite: an energy or a state is not, at the step where it happens.
+        """
+        weight = _positive(lam, "lam")
+        pieces = []
+        for b in range(len(y)):  # what a line search decides for one image must not hang on its neighbours
+            y_b, A_b = y[b : b + 1], A.sample(b)
+            B, z = A_b.preconditioned(y_b.detach())
+            nu = math.sqrt(weight) * (noise_level(z, B) if noise is None else _positive(noise, "noise") * _gain(B))
+            mode = self._mode(z, B, nu, joint) if joint or estimate == "map" else None
+            if mode is not None and mode.csm is not None:
+                A_b, B = _with_maps(A_b, mode.csm), _with_maps(B, mode.csm)
+            if estimate == "map":
+                assert mode is not None
+                piece = replace(mode, image=self._attached(mode.image, y_b, A_b, nu)) if y.requires_grad else mode
+            else:
+                piece = self._mean(z, B, nu)
+                if mode is not None:
+                    piece = replace(piece, csm=mode.csm, stats={**mode.stats, **piece.stats})
+            pieces.append(replace(piece, residual=data_residual(piece.image, y_b, A_b)))
+        return replace(joined(pieces), dials={"lam": float(lam), "estimate": estimate})
+
+    def knows(self, scan: Scan, index: int) -> dict[str, Any]:
+        """The noise, where the scan knows it."""
+        if scan.noise_std is None or scan.scale is None or not scan.noise_std > 0:
+            return {}
+        return {"noise": scan.noise_std * float(scan.scale.mean() / scan.scale[index])}
+
+    def outside(self, scan: Scan) -> list[str]:
+        """Only the size of the image: nothing about sampling was learned."""
+        (h, w), (lo, hi) = scan.image_shape, self.trained.get("size", (1, math.inf))
+        return [f"matrix {h}×{w}, trained for {lo:g} to {hi:g}"] if min(h, w) < lo or max(h, w) > hi else []
+
+    # ---------------------------------------------------------------- the mode
+
+    def _mode(self, z: Tensor, A: LinearOperator, nu: float, joint: bool) -> Reconstruction:
+        """argmin_x ½‖A x − z‖² + (ν/σ)² E(x, σ) for falling σ, from the zero-filled image; jointly, + μ F(c)."""
+        x, c, record = self._descend(A.H(z), z, A, nu, _maps(A) if joint else None)
+        certificate = [{"noise": nu, "levels": record, "unlike": float(self.unlike(x))}]
+        return Reconstruction(
+            image=x, csm=None if c is None else coils.unit_maps(c), stats={"certificate": certificate}
+        )
+
+    def _descend(
+        self, x: Tensor, z: Tensor, A: LinearOperator, nu: float, c: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
+        """Images and maps at the end of the ladder of levels, each begun where the last ended, with its inertia.
+
+        The data are met by their proximal map. Maps c, where there are any, are sought in turn with the image, so that
+        both are fit to the same data and smooth, see `coils.roughness`.
+        """
+        plan, record, solution, b = self.mode, [], None, A.H(z)
+        for k, sigma in enumerate(self._ladder(nu, plan.levels)):
+            moved = None
+            if c is not None and k:
+                moved = self._smooth_maps(x, c, z, A)
+                c = moved.value
+                A = _with_maps(A, coils.unit_maps(c))
+                b = A.H(z)
+            energy, gradient = self._weighted(sigma, (nu / sigma) ** 2)
+            solution = solvers.apgd(
+                energy, gradient, x, prox=_closest(A, b, plan.inner), penalty=_misfit(A, z), step=(sigma / nu) ** 2,
+                iterations=plan.steps, tolerance=plan.tolerance, after=solution,
+            )  # fmt: skip
+            x = solution.value
+            record.append(_level(sigma, solution, moved))
+            if solution.age is not None:  # where levels follow each other, more inertia overshoots
+                solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
+        return x, c, record
+
+    def _smooth_maps(self, x: Tensor, c: Tensor, z: Tensor, A: Any) -> solvers.Solution:
+        """argmin_c ½‖A(x c/|c|) − z‖² + μ F(c) at fixed x, a few steps of it."""
+        one, mu = replace(A, csm=None, **({} if A.shape else {"shape": A.in_shape})), self.mode.mu
+        misfit = _misfit(lambda u: one(u[0])[:, 0][None], z)
+
+        def energy(c: Tensor) -> Tensor:
+            return misfit(coils.unit_maps(c) * x[:, None])
+
+        def gradient(c: Tensor) -> tuple[Tensor, Tensor]:
+            images = coils.unit_maps(c) * x[:, None]
+            r = one(images[0]) - z[0][:, None]
+            value = torch.view_as_real(r).square().sum(dtype=torch.float64)[None] / 2
+            return value, coils.joint_gradients(x, c, one.H(r)[None])[1]
+
+        return solvers.apgd(
+            energy, gradient, c, prox=lambda v, tau: coils.smooth(v, mu * tau), penalty=lambda c: mu * coils.roughness(c),
+            iterations=self.mode.map_steps, tolerance=self.mode.tolerance,
+        )  # fmt: skip
+
+    def _attached(self, x: Tensor, y: Tensor, A: LinearOperator, nu: float) -> Tensor:
+        """x with the derivative in y of one more step: the solvers leave no graph."""
+        B, z = A.preconditioned(y)
+        sigma = self._ladder(nu, 2)[1]
+        _, slope = self.energy.value_and_gradient(x, _row(sigma, x))
+        return _closest(B, B.H(z), self.mode.inner)(x - slope.detach(), _row((sigma / nu) ** 2, x)[:, None, None])
+
+    def _weighted(
+        self, sigma: float, weight: float
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """x ↦ w E(x, σ), and x ↦ (w E, w ∇E)."""
+
+        def energy(x: Tensor) -> Tensor:
+            return weight * self.energy(x, _row(sigma, x))
+
+        def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
+            return weight * value, weight * slope
+
+        return energy, gradient
+
+    def _ladder(self, nu: float, count: int, hi: float | None = None) -> list[float]:
+        """Levels of σ, falling from the highest to that of the noise."""
+        lo, hi = self.levels[0], self.levels[1] if hi is None else max(hi, 2 * self.levels[0])
+        end = min(max(lo, nu), hi / 2)
+        return [hi * (end / hi) ** (k / (count - 1)) for k in range(count)]
+
+    # ---------------------------------------------------------------- the mean
+
+    def _mean(self, z: Tensor, A: LinearOperator, nu: float) -> Reconstruction:
+        plan, chains = self.draws, self.posterior(z, A, noise=nu)
+        moments = chains.moments
+        record = {
+            "samples": moments.count * plan.chains,
+            "burn_in": plan.burn_in * plan.chains,
+            "r_hat_95": float(_quantile(moments.r_hat, 0.95)),
+            "mixed": float((moments.r_hat <= 1.1).double().mean()),
+            "effective": float(moments.effective.median()),
+            "noise": nu,
+        }
+        return Reconstruction(
+            image=moments.mean[None], variance=moments.variance[None], samples=chains.last[None], stats={"chains": [record]}
+        )  # fmt: skip
+
+    def posterior(
+        self,
+        y: Tensor,
+        A: LinearOperator,
+        *,
+        noise: float | None = None,
+        observe: Callable[[Tensor], Tensor] | None = None,
+        callback: Callable[[int, solvers.Moments], bool | None] | None = None,
+        **changes: float,
+    ) -> solvers.Chains:
+        """Draw from the posterior of one slice.
+
+        Each chain begins at noise of its own: the mode for data with more noise, sought from there. Each of its moves
+        adds noise of level `renew` to the image and takes it away again, level by level:
+
+            x₀ ~ p(x | D(x_σ), y),    x_σ' = x₀ + (σ'/σ)² (x_σ − x₀) + σ' √(1 − σ'²/σ²) ξ
+
+        with x₀ normally distributed about D, with the error that D had in training, and then conditioned on the data
+        exactly. Adding noise is a Gibbs step: the chain forgets what is finer than it. Coarser doubts are what the
+        different beginnings tell, and R̂ says whether they agree.
+
+        Arguments:
+            y: `(1, C, …)`, and
+            noise: ν in it, times √λ if the prior is to weigh λ; None: as `noise_level` finds it.
+            observe: x ↦ what is summed up: `torch.abs` for statistics of magnitudes; None: the complex image.
+            callback: sees the number of moves made and the moments so far; True stops and keeps what there is.
+            **changes: of `Draws`.
+
+        Raises:
+            NonFinite: a chain diverged, at the move where it did. BadOption: an unknown or wrong change.
+
+        Sources: F. Coeurdoux, N. Dobigeon, P. Chainais, "Plug-and-play split Gibbs sampler" (2023), for the Gibbs step;
+        J. Ho, A. Jain, P. Abbeel, "Denoising diffusion probabilistic models" (2020), for the way down.
+        """
+        plan = _made(Draws, "draws", {**vars(self.draws), **changes})
+        with torch.no_grad():
+            B, z = A.preconditioned(y)
+            nu = noise_level(z, B) if noise is None else _positive(noise, "noise")
+            sigmas = self._ladder(nu, plan.levels, plan.renew)
+            b = B.H(z)
+            generator = torch.Generator().manual_seed(plan.seed)
+
+            def white(like: Tensor) -> Tensor:
+                shape = (plan.chains, *like.shape[1:])
+                return torch.randn(shape, dtype=like.dtype, generator=generator).to(like.device)
+
+            def move(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+                x = x + sigmas[0] * white(b)
+                for sigma, finer in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+                    value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
+                    spread = plan.spread * sigma * self._error(sigma)
+                    # Perturb both sides, then solve: a draw from the product of two normal distributions.
+                    v = x - slope + spread * white(b)
+                    data = b + nu * B.H(white(z) * (z != 0))
+                    x0 = _closest(B, data, plan.inner)(v, _row((spread / nu) ** 2, v)[:, None, None])
+                    q = (finer / sigma) ** 2
+                    x = x0 + q * (x - x0) + finer * math.sqrt(1 - q) * white(b)
+                return x, value
+
+            other = z + nu * white(z) * (z != 0)
+            start = self._descend(B.H(other) + self.levels[1] * white(b), other, B, nu)[0]
+            common: dict[str, Any] = {
+                "samples": plan.samples, "observe": observe, "callback": callback,
+                "limit": 100 * float(b.abs().max()) + 100,
+            }  # fmt: skip
+            if not isinstance(self.energy, Homogeneous):
+                return solvers.markov(move, start, burn_in=plan.burn_in, **common)
+            misfit, unit = _misfit(B, z), _row(1.0, start)
+
+            def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+                value, slope = self.energy.value_and_gradient(x, unit)
+                return 2 * misfit(x) / nu**2 + 2 * value, 2 * (B.H(B(x) - z) / nu**2 + slope)
+
+            # It knows one temperature, so nothing can be annealed: plain Langevin, as short as the data ask for.
+            return solvers.langevin(
+                gradient, start, step=min(self.energy.temperature, nu**2 / 4), generator=generator,
+                burn_in=plan.burn_in * plan.levels, thin=plan.levels, **common,
+            )  # fmt: skip
+
+    def unlike(self, x: Tensor) -> Tensor:
+        """How many standard deviations the energy of normalised images lies above that of training images, `(B,)`.
+
+        With noise of a level in the middle of those trained. Far from zero, the prior knows little about such images, and
+        a smaller weight of it is safer. Zero where it was never trained.
+        """
+        k = _BINS // 2
+        lo, hi = self.levels
+        sigma = lo * (hi / lo) ** ((k + 0.5) / _BINS)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+            energy = self.energy(x + sigma * noise, _row(sigma, x)) / (sigma**2 * x[0].numel())
+            mean, square = self.usual[:2, k].double()
+            spread = (square - mean.square()).clamp(min=0).sqrt()
+            return (energy.clamp(min=1e-12).log() - mean) / spread if bool(spread > 0) else torch.zeros_like(energy)
+
+    def _error(self, sigma: float) -> float:
+        """Root mean square error of D in training, over σ."""
+        lo, hi = (math.log(level) for level in self.levels)
+        place = (math.log(sigma) - lo) / (hi - lo) * _BINS - 0.5
+        k = min(max(int(place), 0), _BINS - 2)
+        share = min(max(place - k, 0.0), 1.0)
+        return math.exp(float(torch.lerp(self.usual[2, k], self.usual[2, k + 1], share)) / 2)
+
+    # ---------------------------------------------------------------- training
+
+    def loss(self, example: Any, generator: torch.Generator) -> Tensor:
+        """Denoising score matching, over all levels: mean over samples of log (‖D(x̃, σ) − x‖² / ‖x̃ − x‖²).
+
+        x̃ is the image with noise of a level σ that is drawn uniformly in log σ, one stratum for each sample of the
+        batch. Under the logarithm every level pulls alike.
+        """
+        if isinstance(self.energy, Homogeneous):
+            return self._likelihood_loss(self.energy, example.target.abs(), generator)
+        x = example.target
+        lo, hi = (math.log(level) for level in self.levels)
+        place = torch.rand((), generator=generator) + torch.arange(len(x)) / len(x)
+        place = (place % 1).to(x.device)
+        sigma = (lo + (hi - lo) * place).exp()
+        noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) * sigma[:, None, None]
+        value, gradient = self.energy.value_and_gradient(x + noise, sigma)
+        error = (noise - gradient).abs().square().sum((1, 2)) / noise.abs().square().sum((1, 2))
+        error = (error + 1e-4).log()
+        if self.training:
+            energy = (value / (sigma.double().square() * x[0].numel())).detach().clamp(min=1e-12).log()
+            seen = torch.stack((energy, energy.square(), error.detach().double())).to(self.usual.dtype)
+            for k, row in zip((place * _BINS).long().clamp(max=_BINS - 1), seen.T, strict=True):
+                self.usual[:, k].lerp_(row, 0.01)
+        return error.mean()
+
+    def _likelihood_loss(self, energy: Homogeneous, x: Tensor, generator: torch.Generator) -> Tensor:
+        """mean R(x + noise) − mean R(u), u from chains that go on from a memory: the slope of −T log likelihood."""
+        plan, n = self.likelihood, energy.size
+        if x.shape[1:] != (n, n):
+            raise errors.InconsistentShapes(f"found images of {tuple(x.shape[1:])}, expected {(n, n)}", key="data.size")
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator).to(x.device)
+
+        def white(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like)
+
+        def born(count: int) -> Tensor:
+            images = x[(uniform(count) * len(x)).long().clamp(max=len(x) - 1)].flatten(1)
+            shuffled = images.gather(1, uniform(*images.shape).argsort(1))
+            return torch.where(uniform(count, 1) < 0.5, images, shuffled).view(count, n, n)
+
+        with torch.no_grad():
+            if not len(self.replay):
+                self.replay = torch.cat([born(min(64, plan.replay - k)) for k in range(0, plan.replay, 64)])
+            chosen = (uniform(plan.replay).argsort())[: len(x)]
+            u = self.replay[chosen]
+            for _ in range(plan.length(int(self.updates))):
+                slope = _slope(energy, u)
+                u = u - slope + plan.noise * white(u)
+            if not bool(u.isfinite().all()) or float(u.abs().max()) > plan.limit:
+                raise errors.NonFinite(
+                    f"a chain of training left [−{plan.limit:g}, {plan.limit:g}] at update {int(self.updates)}",
+                    key="likelihood", help="lower training.lr",
+                )  # fmt: skip
+            if self.training:
+                fresh = uniform(len(u)) >= plan.survival
+                self.replay[chosen] = torch.where(fresh[:, None, None], born(len(u)), u)
+        data, chains = energy.raw(x + plan.smooth * white(x)).mean(), energy.raw(u).mean()
+        if self.training:
+            self.updates += 1
+            now = torch.stack((data, chains)).detach() / (n * n * energy.temperature)
+            self.balance.copy_(now if int(self.updates) == 1 else self.balance.lerp(now.to(self.balance), 0.05))
+        return (data - chains).float()
+
+    def notes(self) -> dict[str, float]:
+        """Of training by likelihood: R of images and of chains over n T; both come to one in equilibrium."""
+        if not isinstance(self.energy, Homogeneous):
+            return {}
+        return {"R of images / nT": float(self.balance[0]), "R of chains / nT": float(self.balance[1])}
+
+
+def _slope(energy: Homogeneous, u: Tensor) -> Tensor:
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(energy.raw(u).sum(), u)
+    return slope
+
+
+def noise_level(y: Tensor, A: LinearOperator) -> float:
+    """ν, the standard deviation of complex noise in k-space data y, from the outermost fifth of the samples.
+
+        ν² = q₀.₂₅(|y|²) / −ln(1 − 0.25)
+
+    |noise|² is exponentially distributed, and its lower quartile is hardly moved by what signal there is so far out.
+    Zeros are not counted, and no less than 0.2 % of the scale of the image is ever said.
+    """
+    if isinstance(A, NonCartesian):
+        radius = torch.linalg.vector_norm(A.trajectory, dim=-1)[:, None]
+    else:
+        h, w = y.shape[-2:]
+        radius = torch.hypot((torch.arange(h) - h // 2)[:, None] / h, (torch.arange(w) - w // 2) / w).to(y.device)
+    sampled = y != 0
+    if not bool(sampled.any()):
+        return _FAINTEST
+    radius = radius.expand(y.shape)
+    outer = sampled & (radius >= _quantile(radius[sampled], 0.8))
+    return max(_FAINTEST, math.sqrt(float(_quantile(y[outer].abs().square(), 0.25)) / -math.log(0.75)))
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """The value that a share of them does not exceed; `torch.quantile` has a limit of 16 million."""
+    return values.flatten().kthvalue(max(1, math.ceil(share * values.numel()))).values
+
+
+def _closest(A: LinearOperator, b: Tensor, iterations: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(v, τ) ↦ argmin_u ½‖u − v‖² + τ/2 ‖A u − y‖², b = Aᴴ y; on a grid two steps are exact for one coil."""
+
+    def prox(v: Tensor, tau: Tensor) -> Tensor:
+        G = lambda u: u + tau * A.gram(u)  # noqa: E731
+        return solvers.cg(G, v + tau * b, v, iterations=iterations, tolerance=1e-4).value
+
+    return prox
+
+
+def _misfit(A: Callable[[Tensor], Tensor], y: Tensor) -> Callable[[Tensor], Tensor]:
+    """x ↦ ½‖A x − y‖² of each sample, `(B,)` float64."""
+    return lambda x: torch.view_as_real(A(x) - y).square().flatten(1).sum(1, dtype=torch.float64) / 2
+
+
+def _maps(A: LinearOperator) -> Tensor:
+    """The maps of an encoding.
+
+    Raises:
+        BadOption: it has none.
+    """
+    maps = getattr(A, "csm", None)
+    if maps is None:
+        raise errors.BadOption("one coil has no map to estimate", key="csm", help="leave out joint")
+    return maps
+
+
+def _with_maps(A: Any, maps: Tensor) -> LinearOperator:
+    """The same encoding with other maps."""
+    one: LinearOperator = replace(A, csm=maps)
+    return one
+
+
+def _gain(A: LinearOperator) -> float:
+    """By how much preconditioning scales noise, root mean square."""
+    weights = getattr(A, "weights", None)
+    return 1.0 if weights is None else float(weights.mean().sqrt())
+
+
+def _level(sigma: float, x: solvers.Solution, c: solvers.Solution | None) -> dict[str, Any]:
+    level = {"sigma": sigma, "iterations": x.iterations, "objective": _trace(x)}
+    return level if c is None else {**level, "maps": _trace(c)}
+
+
+def _trace(solution: solvers.Solution) -> list[float]:
+    assert solution.energy is not None
+    return [float(v) for v in solution.energy[:, 0]]
+
+
+def _positive(value: float | Tensor, name: str) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise errors.BadOption(f"found {number:g}, expected a finite number > 0", key=name)
+    return number
+
+
+def _row(value: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), value, dtype=x.real.dtype, device=x.device)
+
+
+def _made(kind: Any, key: str, arguments: Mapping[str, Any] | None) -> Any:
+    try:
+        return kind(**dict(arguments or {}))
+    except TypeError as error:
+        raise errors.BadOption(str(error), key=key) from error

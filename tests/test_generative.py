@@ -1,0 +1,461 @@
+"""The generative prior: its energy and the gradient, the mode and the posterior against closed forms, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from laws import lines, random, relative, scan
+from tunemri import cli, errors, formats, trajectories
+from tunemri.datasets import Example
+from tunemri.fourier import fft2, ifft2
+from tunemri.methods import load, prepare, reconstruct, save
+from tunemri.methods.generative import PRESETS, Generative, Likelihood, noise_level
+from tunemri.networks.energy import Energy, Homogeneous
+from tunemri.operators import Cartesian, NonCartesian, encoding
+from tunemri.scan import normalise
+from tunemri.simulate import phantom
+from tunemri.solvers import AdaBelief
+from tunemri.training import Plan, fit
+
+SMALL = {"energy": {"widths": [4, 6]}, "mode": {"levels": 4}, "draws": {"chains": 2, "samples": 3, "levels": 4}}
+
+
+def build(**changes) -> Generative:
+    torch.manual_seed(0)
+    return Generative(**SMALL | changes).eval()
+
+
+# ------------------------------------------------------------------------------------------------ the energy
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (15, 21), (9, 24)], ids=str)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_gradient_is_that_of_the_energy(shape, patch):
+    net = Energy(widths=[4, 6, 8], patch=patch).double()
+    x, d = random((2, *shape), torch.complex128), random((2, *shape), torch.complex128, seed=1)
+    sigma, h = torch.tensor([0.3, 0.02]).double(), 1e-6
+    value, gradient = net.value_and_gradient(x, sigma)
+    slope = (net(x + h * d, sigma) - net(x - h * d, sigma)) / (2 * h)
+    torch.testing.assert_close(slope, (gradient.conj() * d).real.sum((1, 2)), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(value, net(x, sigma), rtol=1e-12, atol=0)
+    assert gradient.requires_grad, "training needs a graph"
+    with torch.no_grad():
+        value, gradient = net.value_and_gradient(x, sigma)
+        assert not gradient.requires_grad and not value.requires_grad
+
+
+def test_intensities_and_levels_have_no_unit():
+    net, x, sigma = Energy(widths=[4, 6]).double(), random((1, 12, 17), torch.complex128), torch.tensor([0.1]).double()
+    for a in (1e-3, 7.0):
+        torch.testing.assert_close(net(a * x, a * sigma), a * a * net(x, sigma), rtol=1e-9, atol=0)
+    assert float(net(x, sigma).detach()) > 0
+
+
+def test_the_energy_is_smooth():
+    """Second derivatives exist and are bounded, so a line search ends."""
+    net, x = Energy(widths=[4, 6]).double(), random((1, 8, 8), torch.complex128)
+    d, sigma = random((1, 8, 8), torch.complex128, seed=1), torch.tensor([0.5]).double()
+    gradients = [net.value_and_gradient(x + h * d, sigma)[1] for h in (0.0, 1e-5, 2e-5)]
+    first, second = gradients[1] - gradients[0], gradients[2] - gradients[1]
+    assert relative(first, second) < 1e-3
+
+
+def test_training_removes_noise_of_every_level():
+    """A few steps on phantoms: better than doing nothing, and the record of levels is kept."""
+    torch.manual_seed(0)
+    model = Generative(energy={"widths": [8, 12]}, levels=(0.05, 0.5)).train()
+    x = torch.stack([phantom((24, 24), seed=b).to(torch.complex64) for b in range(4)])
+    example = Example(y=fft2(x[:, None]), A=Cartesian(torch.ones(1, 1, 24, 24)), target=x)
+    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    for step in range(60):
+        optimiser.zero_grad()
+        loss = model.loss(example, torch.Generator().manual_seed(step))
+        loss.backward()
+        optimiser.step()
+    model.eval()
+    kept = model.usual.clone()
+    with torch.no_grad():
+        scores = [float(model.loss(example, torch.Generator().manual_seed(99 + k))) for k in range(4)]
+    assert max(scores) < -0.3, "the noise is still there"
+    assert torch.equal(model.usual, kept), "only training remembers"
+    assert bool((kept[2] < 0).all())
+    assert model._error(0.05) < 1
+    with torch.no_grad():
+        alike, texture = phantom((24, 24), seed=9).to(torch.complex64)[None], random((1, 24, 24))
+    assert abs(float(model.unlike(alike))) < abs(float(model.unlike(texture)))
+    assert float(build().unlike(alike)) == 0, "never trained"
+
+
+# ------------------------------------------------------------------------------------------------ the paper's energy
+
+PAPER = {
+    "energy": {"name": "paper", "size": 16, "widths": [4, 4, 6]},
+    "likelihood": {"chain": 6, "growth": 3, "replay": 12, "survival": 0.5},
+    "draws": {"chains": 2, "samples": 3, "levels": 2},
+}
+
+
+def pictures(count: int = 4) -> Example:
+    x = torch.stack([phantom((16, 16), seed=b).to(torch.complex64) for b in range(count)])
+    return Example(y=fft2(x[:, None]), A=Cartesian(torch.ones(1, 1, 16, 16)), target=x)
+
+
+def test_as_many_parameters_as_published():
+    model = Generative(**PRESETS["paper"])
+    assert sum(p.numel() for p in model.parameters()) == 21_350_640
+    weights = [tuple(p.shape) for p in model.parameters()]
+    assert weights[:4] == [(48, 1, 3, 3), (48, 48, 3, 3), (48, 48, 3, 3), (144, 48, 3, 3)]
+    assert weights[-1] == (1, 1344, 5, 5)
+
+
+def test_it_is_homogeneous():
+    """R(a u) = a R(u) ≥ 0, and R is its own slope along u: its mean in equilibrium is n T."""
+    net = Homogeneous(size=16, widths=[4, 4, 6]).double()
+    u = random((3, 16, 16), torch.complex128).real.requires_grad_()
+    value = net.raw(u)
+    assert bool((value > 0).all())
+    for a in (0.0, 0.3, 50.0):
+        torch.testing.assert_close(net.raw(a * u), a * value)
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    torch.testing.assert_close((slope * u).sum((1, 2)), value)
+    x, sigma = u.detach().to(torch.complex128), torch.tensor([0.1, 0.2, 3.0]).double()
+    expected = sigma**2 * net.raw(x.abs()) / (2 * net.temperature)
+    torch.testing.assert_close(net(x, sigma), expected)
+    for shape in ((9, 24), (15, 17)):
+        assert net(random((1, *shape), torch.complex128), sigma[:1]).shape == (1,)
+
+
+def test_chains_lengthen_as_published():
+    assert [Likelihood().length(h) for h in (0, 1000, 10**6)] == [5, 322, 505]
+
+
+def test_likelihood_raises_the_energy_of_chains_over_that_of_images():
+    """Gradient: the difference of mean energies, at fixed chains."""
+    torch.manual_seed(0)
+    model, example = Generative(**PAPER).train(), pictures()
+    optimiser, losses = AdaBelief(model.parameters(), 1e-2), []
+    for step in range(20):
+        optimiser.zero_grad()
+        loss = model.loss(example, torch.Generator().manual_seed(step))
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert model.replay.shape == (12, 16, 16)
+    assert int(model.updates) == 20
+    assert all(math.isfinite(v) and v > 0 for v in model.notes().values())
+    assert sum(losses[-5:]) < sum(losses[:5]), "images are no likelier than before"
+
+
+def test_it_resumes_with_its_memory(tmp_path):
+    """Stopped after three updates and resumed: the same weights and the same memory, bit for bit."""
+
+    def run(folder, plans):
+        for k, steps in enumerate(plans):
+            torch.manual_seed(0)
+            model = Generative(**PAPER)
+            plan = Plan(steps=5, lr=1e-3, optimiser="adabelief", checkpoint=0)
+
+            def batches(step, rank, last=steps):
+                if step == last:
+                    raise KeyboardInterrupt
+                return pictures()
+
+            try:
+                fit(model, batches, plan, folder, resume=k > 0)
+            except KeyboardInterrupt:
+                continue
+        return model
+
+    whole, parts = run(tmp_path / "a", [9]), run(tmp_path / "b", [3, 9])
+    for (name, a), (_, b) in zip(whole.named_buffers(), parts.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+    for (name, a), (_, b) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(whole.replay) == 12
+    save(whole, tmp_path / "w.safetensors")
+    assert "replay" not in load(tmp_path / "w.safetensors").state_dict()
+
+
+def test_chains_that_run_away_stop_training():
+    model = Generative(**PAPER | {"likelihood": {"replay": 4, "limit": 1.01}}).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(50)
+    with pytest.raises(errors.NonFinite, match="chain of training"):
+        model.loss(pictures(), torch.Generator().manual_seed(0))
+
+
+def test_it_reconstructs():
+    s = normalise(scan((16, 16), noise=0.02))
+    model = Generative(**PAPER).eval()
+    for estimate in ("map", "mmse"):
+        out = model(s.kspace, encoding(s), estimate=estimate)
+        assert bool(out.image.isfinite().all())
+    with pytest.raises(errors.BadOption, match="temperature"):
+        Generative(energy={"name": "paper", "size": 16, "widths": [4, 4], "temperature": 0.1})
+    with pytest.raises(errors.BadOption, match="did you mean 'paper'"):
+        Generative(energy={"name": "papers"})
+
+
+# ------------------------------------------------------------------------------------------------ closed forms
+
+
+class Gaussian(nn.Module):
+    """The energy of images with independent normal pixels of variance c: D(x, σ) = c / (c + σ²) x."""
+
+    def __init__(self, c: float) -> None:
+        super().__init__()
+        self.c = c
+
+    def forward(self, x, sigma):
+        return self.value_and_gradient(x, sigma)[0]
+
+    def value_and_gradient(self, x, sigma):
+        share = (sigma**2 / (self.c + sigma**2))[:, None, None]
+        return (share * x.abs().square() / 2).sum((1, 2)).double(), share * x
+
+
+def gaussian(c: float, **changes) -> Generative:
+    model = build(**changes)
+    model.energy = Gaussian(c)
+    lo, hi = (math.log(level) for level in model.levels)
+    sigma = (lo + (hi - lo) * (torch.arange(12) + 0.5) / 12).exp()
+    model.usual[2] = (c / (c + sigma**2)).log()
+    return model
+
+
+@pytest.mark.parametrize("lam", [0.5, 1.0, 4.0])
+def test_the_mode_of_a_normal_prior(lam):
+    c, noise = 0.3, 0.1
+    mask = lines((15, 18))
+    y = random((2, 1, 15, 18)) * mask
+    model = gaussian(c, mode={"levels": 4, "steps": 40, "tolerance": 1e-6})
+    out = model(y, Cartesian(mask), lam=lam, noise=noise)
+    nu = lam * noise**2
+    exact = ifft2(y / (1 + nu / (c + nu)))[:, 0]  # the last level is that of the noise
+    assert relative(out.image, exact) < 1e-4
+    assert out.variance is None
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_the_moments_of_a_normal_prior(noise):
+    c, shape = 0.3, (12, 14)
+    mask = lines(shape)
+    y = random((1, 1, *shape)) * mask
+    model = gaussian(c, draws={"chains": 8, "samples": 60, "levels": 8, "renew": 1.0})
+    drawn = model.posterior(y, Cartesian(mask), noise=noise, observe=lambda x: fft2(x)).moments
+    sampled = mask[0, 0] > 0
+    within = 1 / (1 / c + 1 / noise**2)
+    variance = drawn.variance
+    n = 480
+    assert float(variance[sampled].mean()) == pytest.approx(within, rel=4 / math.sqrt(n * int(sampled.sum())) + 0.02)
+    assert float(variance[~sampled].mean()) == pytest.approx(c, rel=4 / math.sqrt(n * int((~sampled).sum())) + 0.02)
+    mean = c / (c + noise**2) * y[0, 0]
+    error = (drawn.mean - mean).abs().square()
+    assert float(error[sampled].mean()) < 2 * within / n
+    assert float(error[~sampled].mean()) < 2 * c / n
+    assert float((drawn.r_hat < 1.1).double().mean()) > 0.95
+
+
+def test_the_mean_comes_with_variance_and_its_record():
+    s = scan((16, 18), slices=2, noise=0.05)
+    out = reconstruct(s, gaussian(0.3), estimate="mmse")
+    assert out.variance is not None and out.variance.shape == (2, 16, 18)
+    assert bool((out.variance > 0).all())
+    assert len(out.stats["chains"]) == 2
+    assert {"samples", "r_hat_95", "mixed", "effective", "burn_in"} <= set(out.stats["chains"][0])
+
+
+# ------------------------------------------------------------------------------------------------ the certificate
+
+
+@pytest.mark.parametrize("coils", [1, 3])
+def test_every_level_descends(coils):
+    s = normalise(scan((24, 27), coils=coils, noise=0.02))
+    out = build(mode={"levels": 5, "steps": 6})(s.kspace, encoding(s))
+    record = out.stats["certificate"][0]["levels"]
+    assert len(record) == 5
+    for level in record:
+        objective = level["objective"]
+        assert len(objective) > 1
+        assert all(after <= before for before, after in zip(objective, objective[1:], strict=False))
+    assert objective[-1] < objective[0]
+    sigmas = [level["sigma"] for level in record]
+    assert sigmas == sorted(sigmas, reverse=True)
+
+
+def test_a_heavier_prior_gives_an_image_of_less_energy():
+    s = normalise(scan((24, 24), noise=0.05))
+    model = build()
+    energies = []
+    for lam in (0.1, 1.0, 10.0):
+        x = model(s.kspace, encoding(s), lam=lam).image
+        energies.append(float(model.energy(x, torch.tensor([0.1])).detach()))
+    assert energies == sorted(energies, reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------ maps
+
+
+def test_maps_are_found_with_the_image():
+    """Better maps than it began with, and no accepted step uphill."""
+    s = scan((24, 26), coils=4, every=2)
+    rough = dataclasses.replace(s, csm=None)
+    model = gaussian(0.5, mode={"levels": 6, "steps": 8, "map_steps": 20, "mu": 0.1})
+    start = prepare(rough, csm="joint").csm
+    out = reconstruct(rough, model, csm="joint")
+    fixed = reconstruct(rough, model, csm="low-resolution")
+    assert out.csm is not None and out.csm.shape == (1, 4, 24, 26)
+    torch.testing.assert_close(out.csm.abs().square().sum(1), torch.ones(1, 24, 26))
+    assert not torch.equal(out.csm, start)
+    assert float(out.residual) < 0.9 * float(fixed.residual)
+    levels = out.stats["certificate"][0]["levels"]
+    for level in levels[1:]:
+        for trace in (level["objective"], level["maps"]):
+            assert all(after <= before for before, after in zip(trace, trace[1:], strict=False))
+    assert levels[1]["maps"][-1] < levels[1]["maps"][0]
+
+
+def test_who_cannot_find_maps_says_so():
+    with pytest.raises(errors.BadOption, match="csm"):
+        reconstruct(scan((16, 16), coils=2), load("tv"), csm="joint")
+    one = scan((16, 16), noise=0.02)
+    assert reconstruct(one, build(), csm="joint").csm is None, "one coil has no map"
+    with pytest.raises(errors.BadOption, match="one coil"):
+        build()(one.kspace, encoding(one), joint=True)
+
+
+def test_joint_maps_on_the_command_line(tmp_path):
+    save(build(), tmp_path / "prior.safetensors")
+    s = dataclasses.replace(scan((20, 22), coils=3, noise=0.02), csm=None)
+    formats.write(tmp_path / "s.h5", s)
+    images = []
+    for way in ("joint", "low-resolution"):
+        words = [
+            "recon",
+            tmp_path / "s.h5",
+            "-m",
+            tmp_path / "prior.safetensors",
+            "--csm",
+            way,
+            "-o",
+            tmp_path / f"{way}.npy",
+        ]
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+        assert not stop.value.code
+        images.append(torch.from_numpy(np.load(tmp_path / f"{way}.npy")))
+        assert json.loads((tmp_path / f"{way}.npy.json").read_text())["csm"] == way
+    assert 1e-4 < relative(*images) < 0.5
+
+
+def test_the_noise_that_a_scan_knows_is_used():
+    s = dataclasses.replace(scan((16, 18), noise=0.05), noise_std=0.07)
+    out = reconstruct(s, build())
+    assert out.stats["certificate"][0]["noise"] == pytest.approx(0.07 / out.stats["scale"][0], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ chance
+
+
+def test_a_seed_says_it_all():
+    s = normalise(scan((16, 16), noise=0.02))
+    model, A = build(), encoding(s)
+    first, again = (model.posterior(s.kspace, A, seed=3).moments for _ in range(2))
+    other = model.posterior(s.kspace, A, seed=4).moments
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.variance, again.variance)
+    assert not torch.equal(first.mean, other.mean)
+
+
+def test_chains_can_be_stopped_and_what_they_drew_is_kept():
+    s = normalise(scan((16, 16), noise=0.02))
+    seen = []
+
+    def stop(k, moments):
+        seen.append(moments.count)
+        return k == 3
+
+    chains = build().posterior(s.kspace, encoding(s), samples=50, callback=stop)
+    assert chains.stopped and chains.moves == 3 and chains.moments.count == 2
+    assert seen == [0, 1, 2]
+    assert bool(chains.moments.mean.isfinite().all())
+
+
+# ------------------------------------------------------------------------------------------------ trouble
+
+
+class Broken(Gaussian):
+    """An energy whose gradient explodes."""
+
+    def value_and_gradient(self, x, sigma):
+        value, slope = super().value_and_gradient(x, sigma)
+        return value * math.nan, slope * -1e30
+
+
+@pytest.mark.parametrize("estimate", ["map", "mmse"])
+def test_an_energy_that_is_not_finite_stops_at_once(estimate):
+    s = normalise(scan((16, 16), noise=0.02))
+    model = build()
+    model.energy = Broken(0.3)
+    with pytest.raises(errors.NonFinite, match="energy"):
+        model(s.kspace, encoding(s), estimate=estimate)
+
+
+def test_wrong_numbers_are_refused():
+    s = normalise(scan((16, 16)))
+    model, A = build(), encoding(s)
+    for lam in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(errors.BadOption, match="lam"):
+            model(s.kspace, A, lam=lam)
+    with pytest.raises(errors.BadOption, match="noise"):
+        model(s.kspace, A, noise=0.0)
+    with pytest.raises(errors.BadOption, match="draws"):
+        model.posterior(s.kspace, A, chains=0)
+    with pytest.raises(errors.BadOption, match="draws"):
+        model.posterior(s.kspace, A, chain=3)
+    for wrong in (
+        {"levels": (1.0, 0.1)},
+        {"energy": {"width": 3}},
+        {"energy": {"widths": []}},
+        {"mode": {"levels": 1}},
+    ):
+        with pytest.raises(errors.BadOption):
+            Generative(**wrong)
+
+
+def test_nothing_about_sampling_was_learned():
+    model = build(trained={"acceleration": [1, 1], "size": [64, 512], "coils": 1})
+    assert model.outside(scan((64, 64), coils=4, every=7)) == []
+    assert "matrix 32×64" in model.outside(scan((32, 64)))[0]
+
+
+# ------------------------------------------------------------------------------------------------ the noise
+
+
+@pytest.mark.parametrize("coils", [1, 4])
+def test_the_noise_is_found_under_a_signal(coils):
+    s = scan((64, 60), noise=0.05, coils=coils)
+    A = encoding(s)
+    assert 0.045 < noise_level(s.kspace, A) < 0.08
+    pure = 0.05 * random((1, coils, 64, 60))
+    assert noise_level(pure, A) == pytest.approx(0.05, rel=0.1)
+    assert noise_level(torch.zeros_like(pure), A) == 0.002
+
+
+def test_off_the_grid_too():
+    shape = (24, 26)
+    k = trajectories.radial(shape, 30)[None]
+    x = phantom(shape).to(torch.complex64)[None]
+    A = NonCartesian(k, shape=shape)
+    y = A(x) + 0.03 * random((1, 1, k.shape[1]))
+    assert 0.025 < noise_level(y, A) < 0.15
+    for estimate in ("map", "mmse"):
+        out = build()(y, A, estimate=estimate)
+        assert float(out.residual) < 0.5
