@@ -25,7 +25,7 @@ from tunemri.training import Plan, fit
 TESTS = Path(__file__).parent
 UNROLLED = {"name": "unrolled", "stages": 1, "width": 4}
 META = {"phases": 2, "tasks": [0.1, 0.5], "features": {"channels": 2}, "proposal": {"width": 4, "levels": 2}}
-# Every method that trains, and every way in which its loss makes a gradient.
+# Every method that trains, and the ways in which its loss makes a gradient.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperrecon": ("hyperrecon", {"main": UNROLLED, "widths": [6, 4]}),
     "hyperrecon, antithetic": ("hyperrecon", {"main": UNROLLED, "widths": [4], "antithetic": True}),

@@ -74,8 +74,9 @@ class TestGrid:
         assert evaluation.grid(Gain().dials["kind"], 7) == ["all", "real"]
 
     def test_refuses_nothing_and_the_outside(self):
-        with pytest.raises(errors.BadOption, match="at least 1"):
-            evaluation.grid(Dial(sentence="", default=0.2), 0)
+        for points in (0, 100_001):
+            with pytest.raises(errors.BadOption, match="1 to 100000"):
+                evaluation.grid(Dial(sentence="", default=0.2), points)
         with pytest.raises(errors.BadOption, match="outside"):
             evaluation.grid(Dial(sentence="", default=0.2), 3, stop=1.5)
 

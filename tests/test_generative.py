@@ -311,7 +311,7 @@ def test_maps_are_found_with_the_image():
     model = gaussian(0.5, mode={"levels": 6, "steps": 8, "map_steps": 20, "mu": 0.1})
     start = prepare(rough, csm="joint").csm
     out = reconstruct(rough, model, csm="joint")
-    fixed = reconstruct(rough, model, csm="low-resolution")
+    fixed = reconstruct(rough, model, csm="espirit")
     assert out.csm is not None and out.csm.shape == (1, 4, 24, 26)
     torch.testing.assert_close(out.csm.abs().square().sum(1), torch.ones(1, 24, 26))
     assert not torch.equal(out.csm, start)

@@ -253,7 +253,7 @@ def prepare(scan: Scan, *, csm: str = "espirit") -> Scan:
         BadOption: no such way to estimate maps.
     """
     joint = csm == "joint"
-    csm = "low-resolution" if joint else csm
+    csm = "espirit" if joint else csm
     if csm not in coils.MAPS:
         raise errors.BadOption(f"found {csm!r}", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
     if scan.trajectory is not None:

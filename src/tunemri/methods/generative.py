@@ -71,6 +71,7 @@ class Draws:
         chains: run side by side, each from noise of its own.
         samples: of each chain; their number is `chains` times as large.
         burn_in: draws of each chain that do not count.
+        start: σ of the noise on the zero-filled image from which each chain sets out.
         renew: σ of the noise that each move adds.
         levels: of σ, geometric, through which it takes the noise away; of the paper's energy, which has none, steps
             between draws.
@@ -82,6 +83,7 @@ class Draws:
     chains: int = 4
     samples: int = 8
     burn_in: int = 1
+    start: float = 0.2
     renew: float = 0.1
     levels: int = 8
     spread: float = 1.0
@@ -90,8 +92,8 @@ class Draws:
 
     def __post_init__(self) -> None:
         counts = min(self.chains, self.samples, self.levels - 1, self.inner, self.burn_in + 1)
-        if counts < 1 or not 0 < self.renew < math.inf or not 0 <= self.spread < math.inf:
-            raise errors.BadOption(f"found {self}, expected levels ≥ 2, counts ≥ 1, renew > 0, spread ≥ 0", key="draws")
+        if counts < 1 or not 0 < self.renew < math.inf or not 0 <= min(self.start, self.spread) < math.inf:
+            raise errors.BadOption(f"found {self}, expected levels ≥ 2, counts ≥ 1, renew > 0, others ≥ 0", key="draws")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,7 +412,7 @@ class Generative(Reconstructor):
                 return x, value
 
             other = z + nu * white(z) * (z != 0)
-            start = self._descend(B.H(other) + self.levels[1] * white(b), other, B, nu)[0]
+            start = self._descend(B.H(other) + plan.start * white(b), other, B, nu)[0]
             common: dict[str, Any] = {
                 "samples": plan.samples, "observe": observe, "callback": callback,
                 "limit": 100 * float(b.abs().max()) + 100,
