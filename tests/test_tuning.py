@@ -459,9 +459,10 @@ class TestWhereADialMatters:
         s, _ = head(shape=SHAPE, coils=2, slices=2)
         model = build(name)
         dial_name, dial = next((n, d) for n, d in model.dials.items() if not d.choices)
-        found = tuning.sensitivity(model, s, {dial_name: dial.at(0.6)}, dial_name)
+        # Away from lam = 0.006, where TV takes another penalty and the iterates, not the minimum, have a kink.
+        found = tuning.sensitivity(model, s, {dial_name: dial.at(0.7)}, dial_name)
         assert found.map.shape == (2, *SHAPE)
-        low, high = (reconstruct(s, model, **{dial_name: dial.at(p)}).image for p in (0.58, 0.62))
+        low, high = (reconstruct(s, model, **{dial_name: dial.at(p)}).image for p in (0.68, 0.72))
         difference = ((high - low) / 0.04).abs()
         assert relative(found.map, difference) < 0.15
 

@@ -140,6 +140,10 @@ def _digest(x: Tensor) -> str:
     return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
+def _trained(contestant: Contestant) -> bool:
+    return next(contestant.model.parameters(), None) is not None
+
+
 def run(
     contestants: Sequence[Contestant],
     plan: Plan,
@@ -156,8 +160,8 @@ def run(
     """Judge the contestants, write rows.csv, table.md, curves and report.html into `folder`.
 
     Arguments:
-        tune: give each method with a dial `lam` its best weight per mask, on these images.
-        grid: points along the first dial of the others; 0 takes them as they are.
+        tune: give each method without weights its best `lam` per mask, on these images.
+        grid: points along the first dial of each trained model; 0 takes them as they are.
         atlas: the landscapes of those with dials; None makes none.
         keep: an existing folder for what is finished, so that a run that was stopped goes on from there.
         executor: of `cluster.workers`, for all but the landscapes; None does everything here.
@@ -176,13 +180,14 @@ def run(
     for group in groups.values():
         entered = []
         for contestant in contestants:
-            if tune and "lam" in contestant.model.dials and "lam" not in contestant.dials:
+            trained, dials = _trained(contestant), contestant.model.dials
+            if tune and not trained and "lam" in dials and "lam" not in contestant.dials:
                 best = evaluation.tune(
                     group, contestant, dial="lam", points=7, rounds=2, keep=keep, executor=executor
                 ).dials
                 entered.append(replace(contestant, dials={**contestant.dials, **best}))
-            elif grid and contestant.model.dials and "lam" not in contestant.model.dials:
-                entered += evaluation.along(contestant, {next(iter(contestant.model.dials)): grid})
+            elif grid and trained and dials:
+                entered += evaluation.along(contestant, {next(iter(dials)): grid})
             else:
                 entered.append(contestant)
         start = done
@@ -209,7 +214,7 @@ def run(
     for contestant in contestants:
         own = [row for row in rows if row.labels["model"] == contestant.name and row.dials]
         dial = next(iter(contestant.model.dials), None)
-        if dial is None or len({row.dials[dial] for row in own}) < 2 or (tune and dial == "lam"):
+        if dial is None or len({row.dials[dial] for row in own}) < 2 or not _trained(contestant):
             continue
         figure = plots.dial_curve(
             {m: [row for row in own if row.labels["mask"] == m] for m in groups}, dial, list(metrics)[:4],
