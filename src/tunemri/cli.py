@@ -758,7 +758,7 @@ def adapt(
         )
     trained = methods.load(model)
     start = time.perf_counter()
-    truths_given: list[Path | None] = [*(reference or [None] * len(scans))]
+    truths_given: list[Path | None] = [*reference] if reference else [None] * len(scans)
     loaded = [_load(s, slices, csm, r) for s, r in zip(scans, truths_given, strict=True)]
     truths = [truth for _, truth in loaded if truth is not None]
     if by == "reference" and len(truths) < len(scans):
