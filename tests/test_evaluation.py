@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunemri import coils, errors, evaluation
+from tunemri import coils, errors, evaluation, scoring
 from tunemri.evaluation import Case, Contestant, Row
 from tunemri.fourier import fft2
 from tunemri.methods.base import Dial, Reconstructor, data_residual
@@ -225,6 +225,15 @@ class TestEvaluate:
 
 
 class TestTables:
+    def test_a_dial_that_the_method_sets_image_by_image_does_not_split_its_row(self):
+        def row(task, given=()):
+            return Row(labels={"mask": "m", "model": "a"}, dials={"task": task, "kappa": 1.0}, given=given)
+
+        (line,) = scoring.summary([row(0.1), row(0.2)])
+        assert (line["n"], line["dial_kappa"], line.get("dial_task")) == (2, 1.0, None)
+        assert [line["dial_task"] for line in scoring.summary([row(0.1, ["task"]), row(0.2, ["task"])])] == [0.1, 0.2]
+        assert scoring.summary([row(0.1), row(0.1)])[0]["dial_task"] == 0.1
+
     def test_summary_is_mean_sd_median_per_group(self):
         rows = [
             Row(labels={"model": m}, metrics={"psnr": p}) for m, p in [("a", 1.0), ("b", 7.0), ("a", 2.0), ("a", 6.0)]

@@ -36,9 +36,8 @@ def build(**changes) -> Generative:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (15, 21), (9, 24)], ids=str)
-@pytest.mark.parametrize("patch", [1, 2])
-def test_the_gradient_is_that_of_the_energy(shape, patch):
-    net = Energy(widths=[4, 6, 8], patch=patch).double()
+def test_the_gradient_is_that_of_the_energy(shape):
+    net = Energy(widths=[4, 6, 8]).double()
     x, d = random((2, *shape), torch.complex128), random((2, *shape), torch.complex128, seed=1)
     sigma, h = torch.tensor([0.3, 0.02]).double(), 1e-6
     value, gradient = net.value_and_gradient(x, sigma)

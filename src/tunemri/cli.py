@@ -153,9 +153,9 @@ def info(
     """Say what is in a file, and what can and cannot be done with it."""
     files.check(file)
     if files.sniff(file) == "safetensors" or file.suffix == ".safetensors":
-        from . import methods
+        from .cards import card
 
-        header = methods.card(file)
+        header = card(file)
         facts = {
             "kind": "weights", "method": header["method"], "dials": header.get("dials", {}),
             "arguments": header["arguments"], "recipe": header.get("recipe", {}),
@@ -201,17 +201,20 @@ def convert(
     cut = _slices(slices)
     # A complex array without a header may be either: what an image's format is asked of is taken for one.
     what = formats.read_either(source, slices=cut, prefer="scan" if formats.holds_scans(output) else "image")
+    formats.check_writable(output, what, overwrite=overwrite)
     scan = None if isinstance(what, formats.Image) else what
     keeps = scan is not None and output.suffix == ".h5"
     reference = formats.read_reference(source, slices=cut) if keeps else None
-    notes = formats.write(output, what, reference=reference, overwrite=overwrite)
     shape = list(what.data.shape if isinstance(what, formats.Image) else what.kspace.shape)
-    facts = {
-        "ok": True, "out": str(output), "out_sha256": files.sha256(output), "in": str(source),
-        "in_sha256": files.sha256(source), "slice": slices, "shape": shape, "provenance": what.provenance,
-        "acceleration": None if scan is None else scan.acceleration, "reference": reference is not None, **notes,
-    }  # fmt: skip
-    console.sidecar(output, facts, overwrite=overwrite)
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        result = folder / output.name
+        notes = formats.write(result, what, reference=reference)
+        facts = {
+            "ok": True, "out": str(output), "out_sha256": files.sha256(result), "in": str(source),
+            "in_sha256": files.sha256(source), "slice": slices, "shape": shape, "provenance": what.provenance,
+            "acceleration": None if scan is None else scan.acceleration, "reference": reference is not None, **notes,
+        }  # fmt: skip
+        console.sidecar(result, facts, overwrite=False)
     _result(facts, as_json, f"{output}  {notes['content']} {'×'.join(map(str, shape))}")
 
 
@@ -896,10 +899,10 @@ def evaluate(
 @app.command()
 def models(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_json: AsJson = False) -> None:
     """The models that ship: dials with ranges and the words at both ends, training data, scores."""
-    from . import methods
+    from . import cards
 
-    cards = {n: methods.card(path) for n, path in methods.bundled().items()}
-    _listing(cards, name, "model", as_json, lambda c: c["recipe"].get("summary", c["method"]))
+    known = {n: cards.card(path) for n, path in cards.bundled().items()}
+    _listing(known, name, "model", as_json, lambda c: c["recipe"].get("summary", c["method"]))
 
 
 @app.command()
@@ -1287,7 +1290,7 @@ def _contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapo
 
 
 def _model_hash(text: str) -> str | None:
-    from .methods import bundled
+    from .cards import bundled
 
     name = text.rpartition(":")[0] if "=" in text.rpartition(":")[2] else text
     path = bundled().get(name, Path(name))

@@ -26,7 +26,8 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "BadOption",
@@ -169,3 +170,14 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether a foreign exception says that memory ran out; torch has no class for it on every device."""
     said = r"can't allocate memory|out of memory|unable to allocate|bad allocation"
     return isinstance(error, MemoryError) or re.search(said, str(error), re.IGNORECASE) is not None
+
+
+@contextmanager
+def enough_memory(otherwise: Callable[[], NoMemory]) -> Iterator[None]:
+    """Where memory runs out inside, `otherwise()` is raised: it says what to cut."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise otherwise() from error

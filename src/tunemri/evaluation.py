@@ -108,6 +108,7 @@ class Row:
     Arguments:
         labels: model, case and the labels of the case.
         dials: the setting that was used.
+        given: names of those dials that were asked for; the others the method set itself, for this very image.
         metrics: name → value against the reference; empty without one.
         residual: ‖A x̂ - y‖ / ‖y‖, mean over slices; None where the method reports none.
         seconds: wall time of the reconstruction, coil maps not included.
@@ -117,6 +118,7 @@ class Row:
 
     labels: Mapping[str, str] = field(default_factory=dict)
     dials: Mapping[str, Any] = field(default_factory=dict)
+    given: Sequence[str] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     residual: float | None = None
     seconds: float = 0.0
@@ -149,10 +151,10 @@ class Tuned:
 
 
 def grid(dial: Dial, n: int, start: float | None = None, stop: float | None = None) -> list[float | str]:
-    """n values of a dial, evenly spaced on its own scale (linear or log), both ends included.
+    """n values of a dial, evenly spaced along its slider, both ends included.
 
     Arguments:
-        dial: whose range and scale; a dial with choices gives all of them, whatever n.
+        dial: whose range and slider (linear, log or measured, see `Dial`); a dial with choices gives all of them, whatever n.
         n: how many; one alone is the default of the dial, or `start` if given.
         start, stop: narrower ends; None takes those of the dial.
 
@@ -169,9 +171,9 @@ def grid(dial: Dial, n: int, start: float | None = None, stop: float | None = No
         return [float(dial.default) if start is None else lo]
     if lo > hi:
         return grid(dial, n, stop, start)[::-1]
-    part = replace(dial, lo=lo, hi=hi, default=lo)
-    # The ends are the dial's own numbers: exp(log(hi)) may lie outside by one rounding.
-    return [lo, *(part.at(i / (n - 1)) for i in range(1, n - 1)), hi]
+    first, last = dial.position(lo), dial.position(hi)
+    # The ends are the numbers that were asked for: exp(log(hi)) may lie outside by one rounding.
+    return [lo, *(dial.at(first + (last - first) * i / (n - 1)) for i in range(1, n - 1)), hi]
 
 
 def sweep(
@@ -422,6 +424,7 @@ def _row(contestant: Contestant, case: Case, metrics: Sequence[str], keep_image:
     return Row(
         labels={"model": contestant.name, "case": case.name, **case.labels},
         dials=dict(out.dials or contestant.dials),
+        given=tuple(contestant.dials),
         metrics=values,
         residual=None if out.residual is None else float(out.residual.double().mean()),
         seconds=seconds,
@@ -436,7 +439,9 @@ def _part_file(keep: Path, mark: str, contestant: Contestant, case: Case) -> Pat
 
 
 def _keep(row: Row, file: Path) -> None:
-    about = {name: getattr(row, name) for name in ("labels", "dials", "metrics", "residual", "seconds", "status")}
+    about = {
+        name: getattr(row, name) for name in ("labels", "dials", "given", "metrics", "residual", "seconds", "status")
+    }
     with files.write_atomically(file, overwrite=True) as temporary:
         tensors = {} if row.image is None else {"image": row.image.contiguous()}
         temporary.write_bytes(safetensors.torch.save(tensors, {"row": json.dumps(about)}))

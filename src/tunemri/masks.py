@@ -14,14 +14,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from . import errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "MASKS",
@@ -323,7 +324,7 @@ def spiral(shape: Shape, acceleration: float, *, seed: int = 0, interleaves: int
     _check_order(order)
     start = _generator(seed).random()
     if count == _size(shape):
-        return torch.ones(shape)
+        return _tensor(np.ones(shape, dtype=bool))
     h, w = shape
     arms = np.arange(interleaves)[:, None] / interleaves + start
 
@@ -420,7 +421,7 @@ def full(shape: Shape, acceleration: float = 1.0, *, seed: int = 0) -> Tensor:
         BadOption: an argument out of range.
     """
     _count(shape, acceleration)
-    return torch.ones(shape)
+    return _tensor(np.ones(shape, dtype=bool))
 
 
 def centre(shape: Shape, acceleration: float, *, seed: int = 0) -> Tensor:
@@ -438,11 +439,11 @@ def centre(shape: Shape, acceleration: float, *, seed: int = 0) -> Tensor:
         BadOption: an argument out of range.
     """
     _count(shape, acceleration)
-    mask = torch.zeros(shape)
+    mask = np.zeros(shape, dtype=bool)
     rows, columns = (max(1, round(n / math.sqrt(acceleration))) for n in shape)
     top, left = shape[0] // 2 - rows // 2, shape[1] // 2 - columns // 2
-    mask[top : top + rows, left : left + columns] = 1
-    return mask
+    mask[top : top + rows, left : left + columns] = True
+    return _tensor(mask)
 
 
 MASKS: dict[str, Callable[..., Tensor]] = {
@@ -653,4 +654,6 @@ def _draw_lines(shape: Shape, angles: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _tensor(mask: NDArray[np.bool_]) -> Tensor:
+    import torch  # here alone, so that the list of families is quick
+
     return torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))

@@ -326,9 +326,18 @@ def _slug(name: str) -> str:
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Per mask, method and setting."""
-    dials = sorted({f"dial_{name}" for row in rows for name in row.dials})
-    return evaluation.summarise(rows, ("mask", "model", *dials))
+    """Per mask, method and setting; a dial that the method set itself, image by image, is left open."""
+    used: dict[tuple[str, str], set[Any]] = {}
+    for row in rows:
+        for name in row.dials.keys() - set(row.given):
+            used.setdefault((row.labels["model"], name), set()).add(row.dials[name])
+
+    def told(row: Row, name: str) -> bool:
+        return name in row.given or len(used[row.labels["model"], name]) == 1
+
+    shown = [replace(row, dials={name: v for name, v in row.dials.items() if told(row, name)}) for row in rows]
+    dials = sorted({f"dial_{name}" for row in shown for name in row.dials})
+    return evaluation.summarise(shown, ("mask", "model", *dials))
 
 
 def means(rows: Sequence[Row], model: str, metrics: Sequence[str]) -> dict[str, float]:

@@ -150,7 +150,7 @@ def fit(
                 group["lr"] = plan.rate(step)
             optimiser.zero_grad(set_to_none=True)
             example = batches(step, rank)
-            with _enough_memory(example):
+            with errors.enough_memory(partial(_too_large, example)):
                 with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
                     loss = model.loss(example, generator)
                 loss.backward()
@@ -498,17 +498,11 @@ def _restore(
     return 0, 0.0
 
 
-@contextmanager
-def _enough_memory(example: Example) -> Iterator[None]:
-    """Where memory runs out in a step, say what of its batch to cut; states saved before are sound."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not errors.lacks_memory(error):
-            raise
-        shape = tuple(example.y.shape)
-        cut = f"--set data.batch={shape[0] // 2}" if shape[0] > 1 else "smaller images (data.size), fewer data.coils"
-        raise errors.NoMemory(f"not enough for k-space of {shape} in a step", key="data.batch", help=cut) from error
+def _too_large(example: Example) -> errors.NoMemory:
+    """What of a batch to cut; states saved before are sound."""
+    shape = tuple(example.y.shape)
+    cut = f"--set data.batch={shape[0] // 2}" if shape[0] > 1 else "smaller images (data.size), fewer data.coils"
+    return errors.NoMemory(f"not enough for k-space of {shape} in a step", key="data.batch", help=cut)
 
 
 def _refuse_a_run(folder: Path) -> None:

@@ -337,14 +337,21 @@ def holds_scans(path: files.StrPath) -> bool:
     return _suffix(path) in (".h5", ".npy", ".cfl")
 
 
-def check_writable(path: files.StrPath, *, overwrite: bool = False) -> None:
+def check_writable(
+    path: files.StrPath, what: Scan | Reconstruction | Image | None = None, *, overwrite: bool = False
+) -> None:
     """Refuse an output that `write` would refuse, before the work of making it.
+
+    Arguments:
+        what: what is to be written, once it is known: `.cfl` goes by what lies beside it.
 
     Raises:
         BadOption: unknown suffix, existing file; with exit status 3 a missing folder or permission.
     """
     if _suffix(path) == ".cfl":
         files.check_target(Path(path).with_suffix(".hdr"), overwrite=overwrite)
+        if what is not None:
+            cfl.check_beside(Path(path), what)
     files.check_target(path, overwrite=overwrite)
 
 
@@ -380,6 +387,7 @@ def write(
         for key, x in tensors.items():
             if x is not None:
                 check_finite(x, key)
+        check_writable(final, what, overwrite=overwrite)
         with ExitStack() as stack:
             temporary = stack.enter_context(files.write_atomically(final, overwrite=overwrite))
             beside = cfl.beside(final, what, geometry) if suffix == ".cfl" else {}

@@ -248,12 +248,23 @@ def write(
     return {"content": "k-space" if isinstance(what, Scan) else "complex"}
 
 
-def beside(path: Path, what: Scan | Reconstruction | Image, geometry: Geometry) -> dict[Path, bytes]:
-    """Everything that belongs to the `.cfl` of that name: its header, and the companions of a scan with theirs.
+def check_beside(path: Path, what: Scan | Reconstruction | Image) -> None:
+    """Refuse a name beside which lies what the scan does not have, and would be taken for its own.
 
     Raises:
-        BadOption: a companion that is not written lies there already, and would be taken for one of this scan.
+        BadOption
     """
+    own = _companions(what) if isinstance(what, Scan) else COMPANIONS
+    for other, name in ((companion(path, name), name) for name in COMPANIONS if name not in own):
+        if other.exists():
+            raise errors.BadOption(
+                f"{other.name!r} lies there and would be taken for the {name} of this scan", file=path,
+                help="move it away or choose another name",
+            )  # fmt: skip
+
+
+def beside(path: Path, what: Scan | Reconstruction | Image, geometry: Geometry) -> dict[Path, bytes]:
+    """Everything that belongs to the `.cfl` of that name: its header, and the companions of a scan with theirs."""
     content = "k-space" if isinstance(what, Scan) else "complex"
     notes: dict[str, Any] = {
         "content": content, "voxel_size": geometry.voxel_size, "affine": geometry.affine, "provenance": what.provenance,
@@ -264,16 +275,9 @@ def beside(path: Path, what: Scan | Reconstruction | Image, geometry: Geometry) 
         notes["noise_std"] = None if what.noise_std is None else what.noise_std * float(what.scale.mean())
         if what.trajectory is not None:
             notes["image_shape"] = what.image_shape
-        arrays = _companions(what)
-        for name in COMPANIONS:
+        for name, x in _companions(what).items():
             other = companion(path, name)
-            if name in arrays:
-                made |= {other: _bytes(arrays[name]), other.with_suffix(".hdr"): _header_of(_sizes(name, arrays[name]))}
-            elif other.exists():
-                raise errors.BadOption(
-                    f"{other.name!r} lies there and would be taken for the {name} of this scan", file=path,
-                    help="move it away or choose another name",
-                )  # fmt: skip
+            made |= {other: _bytes(x), other.with_suffix(".hdr"): _header_of(_sizes(name, x))}
     return {path.with_suffix(".hdr"): _header_of(_sizes("", _main(what)), notes), **made}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import inspect
 import json
 import math
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from .. import errors, files
+from ..cards import FORMAT, bundled, card
 from .base import Dial, Reconstructor, prepare, reconstruct
 from .classical import Sense, TotalVariation, Wavelet, ZeroFilled
 from .generative import Generative
@@ -48,8 +48,6 @@ METHODS: dict[str, type[Reconstructor]] = {
     "generative": Generative,
 }
 
-FORMAT = 1  # of the header; a file with a larger number was written by a newer tunemri
-_MAX_BYTES = 2**32
 _MAX_TENSORS = 20_000  # that a constructor may make; ours make a few hundred
 _FACTORIES = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange, torch.linspace,
@@ -127,12 +125,6 @@ def needs_weights(method: str) -> bool:
     return METHODS[method].loss is not Reconstructor.loss
 
 
-def bundled() -> dict[str, Path]:
-    """Weights that ship with the package: name → file."""
-    folder = Path(str(importlib.resources.files("tunemri") / "weights"))
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-
-
 def load(name: str | Path) -> Reconstructor:
     """A reconstructor ready for use: a bundled model, a `.safetensors` file, or a method that needs no weights.
 
@@ -154,42 +146,6 @@ def load(name: str | Path) -> Reconstructor:
         known = [*shipped, *(n for n in METHODS if not needs_weights(n))]
         raise errors.BadOption(f"found {text!r}", key="model", help=errors.did_you_mean(text, known))
     return _read(path)
-
-
-def card(path: str | Path) -> dict[str, Any]:
-    """The header of a weights file: method, arguments, dials, recipe.
-
-    Raises:
-        UnreadableFile, UnsafeContent, WrongModel: not a tunemri weights file.
-    """
-    path = Path(path)
-    files.check(path)
-    kind = files.sniff(path)
-    if kind in ("pickle", "npz", "zip"):
-        raise errors.UnsafeContent(
-            f"looks like {kind}, expected safetensors", file=path,
-            help="a pickled checkpoint runs code when opened; tunemri never does: convert it where you trust it",
-        )  # fmt: skip
-    if path.stat().st_size > _MAX_BYTES:
-        raise errors.TooLarge(f"{path.stat().st_size} bytes, limit {_MAX_BYTES}", file=path)
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise errors.UnreadableFile(
-            f"not a whole safetensors file ({error})", file=path, help="copy or download it again"
-        ) from error
-    try:
-        header = json.loads(metadata["tunemri"])
-        found = int(header["format"])
-        _ = header["method"], header["arguments"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise errors.WrongModel("safetensors, but without a tunemri header", file=path, key="tunemri") from error
-    if found > FORMAT:
-        raise errors.WrongModel(
-            f"header format {found}, this version reads up to {FORMAT}", file=path, help="update tunemri"
-        )
-    return dict(header)
 
 
 class _WithinMeans(TorchFunctionMode):
@@ -220,6 +176,8 @@ def _read(path: Path) -> Reconstructor:
     try:
         with _WithinMeans(numbers):
             model = make(header["method"], header["arguments"])
+            model.curves = {n: tuple(d["curve"]) for n, d in header.get("dials", {}).items() if d.get("curve")}
+            _ = model.dials  # where a curve that is none shows
     except Exception as error:  # a foreign header may hold anything: words where a constructor needs numbers
         raise errors.WrongModel(
             f"its header does not fit this version: {error}", file=path, help="update tunemri"

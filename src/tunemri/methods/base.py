@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import inspect
+import itertools
 import math
 import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..nufft import calibration_block
 from ..operators import LinearOperator, encoding
 from ..scan import Reconstruction, Scan, joined, normalise, select
 
-__all__ = ["Dial", "Reconstructor", "data_residual", "prepare", "reconstruct"]
+__all__ = ["Dial", "Reconstructor", "data_residual", "half_square", "made", "prepare", "reconstruct"]
 
 
 _CENTRE = 0.5  # with less of the central 5×5 of k-space, networks fall behind least squares
@@ -37,6 +38,8 @@ class Dial:
         low, high: the words at both ends of the slider.
         unit: of the number; "" for a plain ratio.
         choices: the allowed words, for a dial that is not a number; lo, hi and scale then mean nothing.
+        curve: values at even steps of the slider, from lo to hi, where these were measured (`tuning.equal_steps`); in
+            between, and without any, the slider follows the scale.
     """
 
     sentence: str
@@ -48,6 +51,7 @@ class Dial:
     high: str = ""
     unit: str = ""
     choices: tuple[str, ...] = ()
+    curve: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.choices:
@@ -57,6 +61,12 @@ class Dial:
             raise errors.BadOption(f"found {self}, expected lo ≤ default ≤ hi and scale linear or log", key="dial")
         elif self.scale == "log" and self.lo <= 0:
             raise errors.BadOption(f"a logarithmic range from {self.lo}, expected lo > 0", key="dial")
+        if self.curve:
+            rises = all(a < b for a, b in itertools.pairwise(self.curve))
+            if self.choices or len(self.curve) < 2 or not rises or (self.curve[0], self.curve[-1]) != (self.lo, self.hi):
+                raise errors.BadOption(
+                    f"found a curve of {len(self.curve)} values, expected rising numbers from lo to hi", key="dial"
+                )
 
     def check(self, name: str, value: Any, *, extrapolate: bool = False) -> float | str:
         """`value` (a number, or its text) as the dial's own type.
@@ -86,12 +96,38 @@ class Dial:
         return number
 
     def at(self, position: float) -> float:
-        """The value at slider position in [0, 1]."""
-        if self.scale == "log":
-            value = math.exp(math.log(self.lo) + position * math.log(self.hi / self.lo))
-        else:
-            value = self.lo + position * (self.hi - self.lo)
-        return min(max(value, self.lo), self.hi)  # rounding must not push the ends of a slider out of range
+        """The value at slider position in [0, 1]; the ends are the dial's own numbers."""
+        if not 0 < position < 1:
+            return self.lo if position <= 0 else self.hi
+        steps = len(self._knots) - 1
+        i = min(int(position * steps), steps - 1)
+        a, b = self._knots[i : i + 2]
+        share = position * steps - i
+        value = math.exp(math.log(a) + share * math.log(b / a)) if self.scale == "log" else a + share * (b - a)
+        return min(max(value, self.lo), self.hi)  # rounding must not push it out of range
+
+    def position(self, value: float) -> float:
+        """Where on the slider a value lies: the inverse of `at`; outside [0, 1] for a value out of range."""
+        if self.lo == self.hi:
+            return 0.0
+        i, a, b = self._piece(value)
+        share = math.log(value / a) / math.log(b / a) if self.scale == "log" else (value - a) / (b - a)
+        return (i + share) / (len(self._knots) - 1)
+
+    def slope(self, value: float) -> float:
+        """How fast the value moves there, for the full travel of the slider: the derivative of `at`."""
+        _, a, b = self._piece(value)
+        return (len(self._knots) - 1) * (value * math.log(b / a) if self.scale == "log" else b - a)
+
+    @property
+    def _knots(self) -> tuple[float, ...]:
+        return self.curve or (self.lo, self.hi)
+
+    def _piece(self, value: float) -> tuple[int, float, float]:
+        """(i, value at its start, value at its end) of the piece of the slider in which a value lies."""
+        knots = self._knots
+        i = min(max(bisect.bisect_right(knots, value) - 1, 0), len(knots) - 2)
+        return i, knots[i], knots[i + 1]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready description."""
@@ -104,19 +140,21 @@ class Dial:
         }
         if self.choices:
             return common | {"choices": list(self.choices)}
-        return common | {"lo": self.lo, "hi": self.hi, "scale": self.scale}
+        curve = {"curve": list(self.curve)} if self.curve else {}
+        return common | {"lo": self.lo, "hi": self.hi, "scale": self.scale} | curve
 
 
 class Reconstructor(nn.Module, abc.ABC):
     """A method: `model(y, A, *, dials…) → Reconstruction`, differentiable.
 
     Subclasses annotate each dial of `forward` once, `lam: Annotated[float, Dial(…)] = …`; a method whose
-    dials depend on its constructor overrides `dials`. Those with weights add `loss(example, generator)`.
+    dials depend on its constructor overrides `declared`. Those with weights add `loss(example, generator)`.
     `arguments` is what the constructor was given: it goes into the header of a weights file.
     """
 
     arguments: Mapping[str, Any] = {}
     trained: Mapping[str, Any] = {}  # what the weights have seen (see `outside`), from the weights file
+    curves: Mapping[str, Sequence[float]] = {}  # of dials whose slider was measured (see `Dial`), from the weights file
 
     def __init__(self) -> None:
         # No argument unless a method declares some: `methods.make` and `load` read this signature.
@@ -129,6 +167,13 @@ class Reconstructor(nn.Module, abc.ABC):
     @property
     def dials(self) -> dict[str, Dial]:
         """Name → Dial, in the order of `forward`'s keywords."""
+        return {
+            name: replace(dial, curve=tuple(self.curves[name])) if name in self.curves else dial
+            for name, dial in self.declared().items()
+        }
+
+    def declared(self) -> dict[str, Dial]:
+        """The dials as the method knows them, without `curves`."""
         hints = typing.get_type_hints(type(self).forward, include_extras=True)
         found = {}
         for name, hint in hints.items():
@@ -227,6 +272,23 @@ class Reconstructor(nn.Module, abc.ABC):
         return said
 
 
+def made(kind: Callable[..., Any], key: str, arguments: Mapping[str, Any] | None) -> Any:
+    """`kind(**arguments)` of a part of a method that recipes and headers describe by name.
+
+    Raises:
+        BadOption: an argument that it does not have, or one that it lacks.
+    """
+    try:
+        return kind(**dict(arguments or {}))
+    except TypeError as error:
+        raise errors.BadOption(str(error), key=key) from error
+
+
+def half_square(x: Tensor) -> Tensor:
+    """½‖x‖² of each sample of a complex `(B, …)`, `(B,)` float64: descent is judged by small differences of it."""
+    return torch.view_as_real(x).square().flatten(1).sum(1, dtype=torch.float64) / 2
+
+
 def data_residual(x: Tensor, y: Tensor, A: LinearOperator) -> Tensor:
     """Relative data-consistency residual ‖A x − y‖ / ‖y‖ of each sample, `(B,)`; zero where y is zero."""
     with torch.no_grad():
@@ -291,20 +353,13 @@ def prepare(scan: Scan, *, csm: str = "espirit") -> Scan:
     return normalise(replace(scan, csm=maps))
 
 
-@contextmanager
-def _enough_memory(scan: Scan) -> Iterator[None]:
-    """Where memory runs out, say what of this scan to cut; its slices are taken one at a time already."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not errors.lacks_memory(error):
-            raise
-        h, w = scan.image_shape
-        cut = "fewer slices at a time (--slice 0:1)" if len(scan) > 1 else "fewer coils (coils.compress_scan)"
-        raise errors.NoMemory(
-            f"not enough for {len(scan)} slices of {scan.coils} coils, {h}×{w}", key="kspace",
-            help=f"{cut}, or a smaller matrix",
-        ) from error  # fmt: skip
+def _too_large(scan: Scan) -> errors.NoMemory:
+    """What of this scan to cut; its slices are taken one at a time already."""
+    h, w = scan.image_shape
+    cut = "fewer slices at a time (--slice 0:1)" if len(scan) > 1 else "fewer coils (coils.compress_scan)"
+    return errors.NoMemory(
+        f"not enough for {len(scan)} slices of {scan.coils} coils, {h}×{w}", key="kspace", help=f"{cut}, or a smaller matrix",
+    )  # fmt: skip
 
 
 def reconstruct(
@@ -343,7 +398,7 @@ def reconstruct(
         )
     model.eval()
     pieces = []
-    with torch.no_grad(), _enough_memory(scan):
+    with torch.no_grad(), errors.enough_memory(lambda: _too_large(scan)):
         ready = prepare(scan, csm=csm)
         for sentence in model.outside(ready):
             errors.warn(f"outside what the model was trained for: {sentence}", "wrong_model")

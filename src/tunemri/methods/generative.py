@@ -27,7 +27,7 @@ from .. import coils, errors, solvers
 from ..networks.energy import ENERGIES, Homogeneous
 from ..operators import LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
-from .base import Dial, Reconstructor, data_residual
+from .base import Dial, Reconstructor, data_residual, half_square, made
 
 __all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "noise_level"]
 
@@ -170,8 +170,8 @@ class Generative(Reconstructor):
         name = spec.pop("name", "unet")
         if name not in ENERGIES:
             raise errors.BadOption(f"found {name!r}", key="energy.name", help=errors.did_you_mean(str(name), ENERGIES))
-        self.energy = _made(ENERGIES[name], "energy", spec)
-        self.likelihood: Likelihood = _made(Likelihood, "likelihood", likelihood)
+        self.energy = made(ENERGIES[name], "energy", spec)
+        self.likelihood: Likelihood = made(Likelihood, "likelihood", likelihood)
         if isinstance(self.energy, Homogeneous):
             if abs(2 * self.energy.temperature / self.likelihood.noise**2 - 1) > 1e-6:
                 raise errors.BadOption(
@@ -182,7 +182,7 @@ class Generative(Reconstructor):
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
             # R of images and of chains, over what it is in equilibrium: n T with n pixels.
             self.register_buffer("balance", torch.zeros(2))
-        self.mode, self.draws = _made(Mode, "mode", mode), _made(Draws, "draws", draws)
+        self.mode, self.draws = made(Mode, "mode", mode), made(Draws, "draws", draws)
         # Of noisy training images, in bins of log σ: means of log E/(σ² pixels), of its square, and of the loss.
         self.register_buffer("usual", torch.zeros(3, _BINS))
         self.trained = dict(trained or {})
@@ -386,7 +386,7 @@ class Generative(Reconstructor):
         Sources: F. Coeurdoux, N. Dobigeon, P. Chainais, "Plug-and-play split Gibbs sampler" (2023), for the Gibbs step;
         J. Ho, A. Jain, P. Abbeel, "Denoising diffusion probabilistic models" (2020), for the way down.
         """
-        plan = _made(Draws, "draws", {**vars(self.draws), **changes})
+        plan = made(Draws, "draws", {**vars(self.draws), **changes})
         with torch.no_grad():
             B, z = A.preconditioned(y)
             nu = noise_level(z, B) if noise is None else _positive(noise, "noise")
@@ -574,7 +574,7 @@ def _closest(A: LinearOperator, b: Tensor, iterations: int) -> Callable[[Tensor,
 
 def _misfit(A: Callable[[Tensor], Tensor], y: Tensor) -> Callable[[Tensor], Tensor]:
     """x ↦ ½‖A x − y‖² of each sample, `(B,)` float64."""
-    return lambda x: torch.view_as_real(A(x) - y).square().flatten(1).sum(1, dtype=torch.float64) / 2
+    return lambda x: half_square(A(x) - y)
 
 
 def _maps(A: LinearOperator) -> Tensor:
@@ -620,10 +620,3 @@ def _positive(value: float | Tensor, name: str) -> float:
 
 def _row(value: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), value, dtype=x.real.dtype, device=x.device)
-
-
-def _made(kind: Any, key: str, arguments: Mapping[str, Any] | None) -> Any:
-    try:
-        return kind(**dict(arguments or {}))
-    except TypeError as error:
-        raise errors.BadOption(str(error), key=key) from error

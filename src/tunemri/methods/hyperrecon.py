@@ -24,7 +24,7 @@ from ..networks import HyperNetwork, apply_batched, build
 from ..networks.hypernet import generated_names
 from ..operators import Cartesian, LinearOperator
 from ..scan import Reconstruction
-from .base import Dial, Reconstructor, data_residual
+from .base import Dial, Reconstructor, data_residual, made
 
 __all__ = ["CRITERIA", "PRESETS", "HyperRecon", "Selection", "SingleWeight", "bake"]
 
@@ -163,10 +163,7 @@ class HyperRecon(Reconstructor):
         if objective not in ("log", "mean"):
             raise errors.BadOption(f"found {objective!r}, expected log or mean", key="objective")
         self.objective = objective
-        try:
-            self.selection = None if selection is None else Selection(**selection)
-        except TypeError as error:
-            raise errors.BadOption(str(error), key="selection") from error
+        self.selection: Selection | None = None if selection is None else made(Selection, "selection", selection)
         if self.selection is not None:
             if antithetic:
                 raise errors.BadOption("antithetic training takes every setting, selection does not", key="selection")
@@ -181,8 +178,7 @@ class HyperRecon(Reconstructor):
             "backend": backend, "trained": self.trained,
         }  # fmt: skip
 
-    @property
-    def dials(self) -> dict[str, Dial]:
+    def declared(self) -> dict[str, Dial]:
         """One dial per term after the first: its share of the weight, see `losses.weights_from_lambdas`."""
         first = losses.TERMS[self.names[0]]
         later = len(self.names) - 1

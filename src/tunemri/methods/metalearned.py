@@ -32,7 +32,7 @@ from ..networks.features import Features
 from ..networks.unet import Trunk, as_channels
 from ..operators import LinearOperator
 from ..scan import Reconstruction
-from .base import Dial, Reconstructor, data_residual
+from .base import Dial, Reconstructor, data_residual, half_square, made
 
 __all__ = ["PRESETS", "MetaLearned", "Objective", "Point", "Rule"]
 
@@ -110,19 +110,21 @@ class Objective:
     def value(self, x: Tensor) -> Tensor:
         """φ(x), `(B,)` float64."""
         return (
-            _half(self.A(x) - self.y) + self.kappa.double() * self.features.value(x, self.epsilon) + self.mu * _half(x)
+            half_square(self.A(x) - self.y)
+            + self.kappa.double() * self.features.value(x, self.epsilon)
+            + self.mu * half_square(x)
         )
 
     def at(self, x: Tensor) -> Point:
         """φ and ∇φ at x."""
         residual = self.A(x) - self.y
-        misfit = _half(residual)
+        misfit = half_square(residual)
         value, gradient = self.features.value_and_gradient(x, self.epsilon)
         data = self.A.H(residual)
         return Point(
             x=x,
             misfit=misfit,
-            phi=misfit + self.kappa.double() * value + self.mu * _half(x),
+            phi=misfit + self.kappa.double() * value + self.mu * half_square(x),
             data=data,
             prior=_per_sample(self.kappa, x) * gradient + self.mu * x,
             seen=data,
@@ -205,10 +207,10 @@ class MetaLearned(Reconstructor):
             raise errors.BadOption(f"found {list(tasks)}, expected sampling ratios in (0, 1], ascending", key="tasks")
         if phases < 1 or not 0 < epsilon < math.inf or not 0 <= mu < math.inf:
             raise errors.BadOption(f"found {phases=}, {epsilon=}, {mu=}, expected ≥ 1, > 0, ≥ 0", key="phases")
-        self.rule = _made(Rule, "rule", rule)
-        self.training_plan = _made(_Training, "training", training)
+        self.rule = made(Rule, "rule", rule)
+        self.training_plan = made(_Training, "training", training)
         self.tasks, self.monotone, self.noise, self.guarded, self.mu = tuple(ratios), monotone, noise, guarded, mu
-        self.features = _made(Features, "features", features)
+        self.features = made(Features, "features", features)
         self.omega = nn.Parameter(torch.zeros(len(ratios))) if ratios else None
         self.noisiness = nn.Parameter(torch.zeros(1)) if noise and ratios else None
         self.alpha = nn.Parameter(torch.zeros(phases))
@@ -216,7 +218,7 @@ class MetaLearned(Reconstructor):
         self.epsilon = nn.Parameter(torch.tensor(math.log(epsilon)))
         self.stages = None
         if proposal is not None:
-            self.stages = nn.ModuleList([_made(_Proposal, "proposal", proposal) for _ in range(phases)])
+            self.stages = nn.ModuleList([made(_Proposal, "proposal", proposal) for _ in range(phases)])
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training, so far
         self.trained = dict(trained or {})
         self.arguments = {
@@ -254,8 +256,7 @@ class MetaLearned(Reconstructor):
 
     # ---------------------------------------------------------------- the task weight
 
-    @property
-    def dials(self) -> dict[str, Dial]:
+    def declared(self) -> dict[str, Dial]:
         """The sampling ratio, and a factor on the weight that belongs to it."""
         found = {}
         if len(self.tasks) > 1:
@@ -675,13 +676,8 @@ def noise_level(y: Tensor) -> Tensor:
         return (torch.stack(levels) / 0.01).clamp(0.01, 100).log10()
 
 
-def _half(x: Tensor) -> Tensor:
-    """½‖x‖² of each sample, in double precision."""
-    return torch.view_as_real(x).square().flatten(1).sum(1, dtype=torch.float64) / 2
-
-
 def _norm(x: Tensor) -> Tensor:
-    return (2 * _half(x)).sqrt()
+    return (2 * half_square(x)).sqrt()
 
 
 def _rounding(phi: Tensor, x: Tensor) -> Tensor:
@@ -711,10 +707,3 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return float(value) if value.numel() == 1 else value.tolist()
-
-
-def _made(kind: Any, key: str, arguments: Mapping[str, Any] | None) -> Any:
-    try:
-        return kind(**dict(arguments or {}))
-    except TypeError as error:
-        raise errors.BadOption(str(error), key=key) from error

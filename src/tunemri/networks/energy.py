@@ -55,31 +55,24 @@ class Energy(_Potential):
     Arguments:
         widths: channels at each resolution, each half of the one above.
         blocks: residual blocks at each resolution, on the way down and on the way up.
-        patch: the network sees squares of `patch`×`patch` pixels as one; 2 is four times as quick as 1.
-        outputs: channels of U.
     """
 
-    def __init__(
-        self, *, widths: Sequence[int] = (32, 64, 96), blocks: int = 1, patch: int = 1, outputs: int = 2
-    ) -> None:
+    def __init__(self, *, widths: Sequence[int] = (32, 64, 96), blocks: int = 1) -> None:
         super().__init__()
-        if not widths or min(*widths, blocks, patch, outputs) < 1:
-            raise errors.BadOption(
-                f"found {list(widths)}, {blocks=}, {patch=}, {outputs=}, expected at least 1", key="energy"
-            )
-        self.patch = patch
-        self.multiple = patch * 2 ** (len(widths) - 1)
+        if not widths or min(*widths, blocks) < 1:
+            raise errors.BadOption(f"found {list(widths)}, {blocks=}, expected at least 1", key="energy")
+        self.multiple = 2 ** (len(widths) - 1)
 
         def stack(width: int) -> nn.Sequential:
             return nn.Sequential(*(_Block(width) for _ in range(blocks)))
 
         pairs = list(zip(widths, widths[1:], strict=False))
-        self.first = nn.Conv2d(2 * patch**2, widths[0], 3, padding=1)
+        self.first = nn.Conv2d(2, widths[0], 3, padding=1)
         self.down = nn.ModuleList(stack(w) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairs)
         self.grow = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in reversed(pairs))
         self.up = nn.ModuleList(stack(w) for w in reversed(widths[:-1]))
-        self.last = nn.Conv2d(widths[0], outputs * patch**2, 3, padding=1)
+        self.last = nn.Conv2d(widths[0], 2, 3, padding=1)
 
     def energy(self, x: Tensor, sigma: Tensor) -> Tensor:
         """σ² e(x / σ)."""
@@ -89,7 +82,7 @@ class Energy(_Potential):
         return sigma.double().square() * z.square().sum((1, 2, 3), dtype=torch.float64) / 2
 
     def _features(self, z: Tensor) -> Tensor:
-        z = self.first(F.pixel_unshuffle(z, self.patch) if self.patch > 1 else z)
+        z = self.first(z)
         skips = []
         for level, block in enumerate(self.down):
             z = block(self.shrink[level - 1](z) if level else z)
@@ -97,8 +90,7 @@ class Energy(_Potential):
         skips.pop()
         for grow, block in zip(self.grow, self.up, strict=True):
             z = block(grow(z) + skips.pop())
-        z = self.last(z)
-        return F.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+        return self.last(z)
 
 
 class _Block(nn.Module):

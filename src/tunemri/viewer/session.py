@@ -26,7 +26,7 @@ from .. import __version__, errors
 from ..evaluation import Contestant
 from ..fourier import crop, fft2, pad
 from ..methods import prepare, reconstruct
-from ..methods.base import Dial, Reconstructor
+from ..methods.base import Reconstructor
 from ..metrics import METRICS, score
 from ..operators import encoding
 from ..scan import Reconstruction, Scan, select
@@ -514,19 +514,12 @@ def range_facts(basis: RangeBasis, step: float = 0.0) -> tuple[dict[str, Any], d
         values = torch.view_as_real(picture.to(torch.complex64)).double()
         steps.append(max(float(values.abs().max()) / 32767, step * top / max(most, 1e-30), 1e-300))
         whole.append((values / steps[-1]).round().to(torch.int16).numpy())
-    positions = [[_position(d, v) for v in axis] for d, axis in zip(basis.dials.values(), basis.axes, strict=True)]
+    positions = [[d.position(v) for v in axis] for d, axis in zip(basis.dials.values(), basis.axes, strict=True)]
     head = {
         "names": list(basis.names), "axes": positions, "steps": steps, "fixed": dict(basis.fixed),
         "worst_db": _finite(basis.worst_db), "median_db": _finite(basis.median_db), "settings": basis.reconstructions,
     }  # fmt: skip
     return head, {"pictures": np.stack(whole), "coefficients": basis.coefficients.float().contiguous().numpy()}
-
-
-def _position(dial: Dial, value: float) -> float:
-    """Where on its slider a value lies."""
-    if dial.scale == "log":
-        return math.log(value / dial.lo) / math.log(dial.hi / dial.lo)
-    return (value - dial.lo) / (dial.hi - dial.lo)
 
 
 def letters(scan: Scan) -> list[str] | None:

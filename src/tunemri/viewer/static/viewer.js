@@ -25,14 +25,20 @@ export function unpack(buffer) {
 const clamp = (x, lo = 0, hi = 1) => Math.min(hi, Math.max(lo, x));
 const numeric = dials => Object.keys(dials).filter(n => !dials[n].choices);
 
+// Values at even steps of a slider: its ends, or a measured curve.
+const knots = dial => dial.curve || [dial.lo, dial.hi];
+
 export function position(dial, value) {
-  const p = dial.scale === "log" ? Math.log(value / dial.lo) / Math.log(dial.hi / dial.lo)
-    : (value - dial.lo) / (dial.hi - dial.lo || 1);
-  return clamp(p);
+  const k = knots(dial), steps = k.length - 1;
+  let i = 0;
+  while (i < steps - 1 && k[i + 1] <= value) i++;
+  const part = dial.scale === "log" ? Math.log(value / k[i]) / (Math.log(k[i + 1] / k[i]) || 1) : (value - k[i]) / (k[i + 1] - k[i] || 1);
+  return clamp((i + part) / steps);
 }
 
 export function valueAt(dial, p) {
-  const v = dial.scale === "log" ? Math.exp(Math.log(dial.lo) + p * Math.log(dial.hi / dial.lo)) : dial.lo + p * (dial.hi - dial.lo);
+  const k = knots(dial), along = clamp(p) * (k.length - 1), i = Math.min(Math.floor(along), k.length - 2), part = along - i;
+  const v = dial.scale === "log" ? Math.exp(Math.log(k[i]) + part * Math.log(k[i + 1] / k[i])) : k[i] + part * (k[i + 1] - k[i]);
   return clamp(Number(v.toPrecision(4)), dial.lo, dial.hi);  // four digits: a setting that a person can repeat
 }
 
