@@ -561,14 +561,48 @@ class MetaLearned(Reconstructor):
             )
             total = self._level(example, fixed=True) + (pull - pull.detach())
         else:
-            omega_ids = {id(p) for p in self.task_parameters()}
-            theta = [p for p in self.parameters() if id(p) not in omega_ids]
-            slopes = torch.autograd.grad(self._level(example), theta, create_graph=True, allow_unused=True)
-            square = sum((g.square().sum() for g in slopes if g is not None), start=torch.zeros(()))
-            total = self._level(upper) + plan.penalty * plan.growth ** int(self.steps) / 2 * square
+            penalty = self._penalty_by_difference(example) if plan.checkpoint else self._penalty(example)
+            total = self._level(upper) + plan.penalty * plan.growth ** int(self.steps) * penalty
         if self.training:
             self.steps += 1
         return total
+
+    def _theta(self) -> list[nn.Parameter]:
+        omega = {id(p) for p in self.task_parameters()}
+        return [p for p in self.parameters() if id(p) not in omega]
+
+    def _penalty(self, example: Any) -> Tensor:
+        """½‖∇_θ L‖², with a graph of the backward pass, which holds every phase."""
+        slopes = torch.autograd.grad(self._level(example), self._theta(), create_graph=True, allow_unused=True)
+        return sum((g.square().sum() for g in slopes if g is not None), start=torch.zeros(())) / 2
+
+    def _penalty_by_difference(self, example: Any) -> Tensor:
+        """The same in the memory of one gradient: H v ≈ [∇L(θ + h v) − ∇L(θ − h v)] / 2h, v = ∇_θ L, by θ and by ω."""
+        theta, every = self._theta(), list(self.parameters())
+        v = [torch.zeros_like(p) if g is None else g for p, g in zip(theta, self._slopes(example, theta), strict=True)]
+        square = torch.stack([g.square().sum() for g in v]).sum()
+        length = torch.stack([p.detach().square().sum() for p in theta]).sum().sqrt()
+        # Small against the curvature, large against rounding.
+        h = float(torch.finfo(square.dtype).eps ** 0.4 * length / square.sqrt().clamp(min=1e-30))
+        kept, sides = [p.detach().clone() for p in theta], []
+        try:
+            for sign in (h, -h):
+                with torch.no_grad():
+                    for p, old, g in zip(theta, kept, v, strict=True):
+                        p.copy_(old + sign * g)
+                sides.append(self._slopes(example, every))
+        finally:
+            with torch.no_grad():
+                for p, old in zip(theta, kept, strict=True):
+                    p.copy_(old)
+        pull = square.new_zeros(())
+        for p, above, below in zip(every, *sides, strict=True):
+            if above is not None and below is not None:
+                pull = pull + (p * ((above - below) / (2 * h))).sum()
+        return square / 2 + (pull - pull.detach())
+
+    def _slopes(self, example: Any, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(self._level(example), parameters, allow_unused=True)
 
     def _phases_now(self) -> int:
         plan, phases = self.training_plan, self.alpha.numel()
@@ -612,7 +646,8 @@ class _Training:
         bilevel: "alternate": θ descends L and ω L_upper; "penalty": both descend L_upper + λ/2 ‖∇_θ L‖², λ beginning at
             `penalty` and growing by `growth` a step, which takes second derivatives (activation "squareplus"); or
             "joint": both descend the mean of the two. Without samples for the upper level, always joint.
-        checkpoint: recompute each phase in the backward pass: memory of one phase.
+        checkpoint: recompute each phase in the backward pass: memory of one phase. The penalty's second derivatives are
+            then symmetric differences, since a graph of the backward pass would hold all phases again.
     """
 
     log: bool = True
