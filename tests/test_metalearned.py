@@ -16,7 +16,7 @@ from laws import SHAPES, lines, random, relative, scan
 from test_cli import run  # noqa: F401  the fixture
 from tunemri import errors, formats, methods, tuning
 from tunemri.datasets import Example, Sampler
-from tunemri.methods import reconstruct
+from tunemri.methods import metalearned, reconstruct
 from tunemri.methods.metalearned import PRESETS, MetaLearned, Objective, noise_level, sampling_ratio
 from tunemri.networks.features import ACTIVATIONS, Features
 from tunemri.operators import Cartesian, LinearOperator, encoding
@@ -434,6 +434,20 @@ def test_the_two_levels_do_not_mix():
     assert relative(joint_lower["omega"], joint_upper["omega"]) > 1e-3, "both levels pull alike: nothing was tested"
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_magnitudes_tell_noise_in_the_dark_from_one_wrong_pixel(log):
+    truth = torch.zeros(1, 16, 16, dtype=torch.complex64)
+    noise = random((1, 16, 16), torch.complex64, 0)
+    spot = torch.zeros_like(truth)
+    spot[0, 3, 4] = torch.linalg.norm(noise)
+    dark, one = (
+        [metalearned._error(x, truth, metalearned._Training(log=log, magnitude=m)) for m in (0.0, 1.0)]
+        for x in (noise, spot)
+    )
+    torch.testing.assert_close(dark[0], one[0])
+    assert bool(dark[1] > one[1] + 0.1)
+
+
 @pytest.mark.parametrize("bilevel", ["alternate", "penalty", "joint"])
 def test_the_conventional_network_has_one_level(bilevel):
     """Without a task weight, the samples of the upper level are more of the same."""
@@ -472,7 +486,9 @@ def test_checkpoints_of_phases_change_nothing(bilevel):
     x = random((2, 12, 10), torch.complex128, 0)
     A = Cartesian(lines((12, 10)).double())
     batch = Example(y=A(x), A=A, target=x, upper=Example(y=A(x[:1]), A=A, target=x[:1].conj()))
-    models = [trained(bilevel, checkpoint=flag, penalty=0.3, log=False).double() for flag in (False, True)]
+    models = [
+        trained(bilevel, checkpoint=flag, penalty=0.3, log=False, magnitude=0.5).double() for flag in (False, True)
+    ]
     before = [p.clone() for p in models[1].parameters()]
     plain, spared = (gradients(model, batch) for model in models)
     assert plain.keys() == spared.keys()

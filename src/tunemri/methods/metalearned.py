@@ -540,10 +540,10 @@ class MetaLearned(Reconstructor):
 
             L = Σ_t w_t ℓ(u_t, x) / Σ w_t + c · mean_t [ (φ(u_t) − φ(x_t) + s ‖u_t − x_t‖²/a) / D_t + margin ]₊
 
-        ℓ is the logarithm of the mean squared error (or that error), and D_t = |Δf| + |Δ(φ − f)| + s ‖u_t − x_t‖²/a a
-        scale. The proposals of all phases count, so that one that is refused still learns. Where the batch brings
-        samples for the upper level of the bilevel problem, min_ω L_upper(θ(ω), ω) with θ(ω) = argmin_θ L(θ, ω), ω
-        follows them. The constructor's `training` holds the numbers, see `_Training`.
+        ℓ is the logarithm of the mean squared error, or as the constructor's `training` says, see `_Training`, and
+        D_t = |Δf| + |Δ(φ − f)| + s ‖u_t − x_t‖²/a a scale. The proposals of all phases count, so that one that is
+        refused still learns. Where the batch brings samples for the upper level of the bilevel problem,
+        min_ω L_upper(θ(ω), ω) with θ(ω) = argmin_θ L(θ, ω), ω follows them.
         """
         plan, upper = self.training_plan, example.upper
         # Without a task weight there is no upper level: its samples are some more.
@@ -613,14 +613,14 @@ class MetaLearned(Reconstructor):
         plan, y, A, target = self.training_plan, example.y, example.A, example.target
         kappa = self.kappa(sampling_ratio(y, A), y)
         _, trace = self.descend(y, A, kappa.detach() if fixed else kappa, phases=self._phases_now())
-        total, weights = _error(trace[-1].after.x, target, plan.log), 1.0
+        total, weights = _error(trace[-1].after.x, target, plan), 1.0
         excess = torch.zeros_like(total)
         for t, step in enumerate(trace, 1):
             assert step.proposed is not None
             x, u = step.before, step.proposed
             if plan.deep and t < len(trace):
                 weight = plan.deep ** (len(trace) - t)
-                total, weights = total + weight * _error(u.x, target, plan.log), weights + weight
+                total, weights = total + weight * _error(u.x, target, plan), weights + weight
             least = plan.slack * _norm(u.x - x.x).square() / self.rule.a
             fit, change = u.misfit - x.misfit, u.phi - x.phi
             size = (fit.abs() + (change - fit).abs() + least).detach() + 1e-12
@@ -638,6 +638,8 @@ class _Training:
 
     Arguments:
         log: the logarithm of the squared error, so that every sample pulls alike; otherwise the error itself.
+        magnitude: weight of the mean absolute error of magnitudes beside it: squares hardly see the noise left in the
+            dark, which eyes and SSIM do.
         deep: weight of the proposal of phase t over that of phase t + 1; 0: only the last image counts.
         hinge, slack, margin: c, s and margin of `MetaLearned.loss`; s above 1 and margin above 0 leave room to the tests.
         enforce: steps before the guard is in force: until then every proposal is taken, or the last image, which counts
@@ -651,6 +653,7 @@ class _Training:
     """
 
     log: bool = True
+    magnitude: float = 0.0
     deep: float = 0.5
     hinge: float = 1.0
     slack: float = 2.0
@@ -729,9 +732,13 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x.real.dtype)[:, None, None]
 
 
-def _error(x_hat: Tensor, x: Tensor, log: bool) -> Tensor:
+def _error(x_hat: Tensor, x: Tensor, plan: _Training) -> Tensor:
     error = torch.view_as_real(x_hat - x).square().mean((1, 2, 3))
-    return (error + 1e-8).log() if log else error
+    absolute = (x_hat.abs() - x.abs()).abs().mean((1, 2)) if plan.magnitude else torch.zeros_like(error)
+    if plan.log:
+        # Twice, as the logarithm of a square.
+        return (error + 1e-8).log() + plan.magnitude * 2 * (absolute + 1e-4).log()
+    return error + plan.magnitude * absolute
 
 
 def _row(value: float | Tensor, y: Tensor) -> Tensor:
