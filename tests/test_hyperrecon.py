@@ -13,7 +13,7 @@ from tunemri.datasets import Example
 from tunemri.errors import TunemriWarning
 from tunemri.fourier import fft2
 from tunemri.methods import reconstruct
-from tunemri.methods.hyperrecon import CRITERIA, PRESETS, HyperRecon, Selection, SingleWeight, bake
+from tunemri.methods.hyperrecon import CRITERIA, OBJECTIVES, PRESETS, HyperRecon, Selection, SingleWeight, bake
 from tunemri.operators import Cartesian, encoding
 from tunemri.scan import normalise
 from tunemri.simulate import phantom
@@ -234,8 +234,9 @@ def test_the_plain_objective_is_the_weighted_sum():
         result = losses.Result(x_hat=model.image(batch.A.H(batch.y), batch.A, model.hypernet(w)), x=batch.target)
     values = torch.stack([losses.mae(result), losses.ssim(result)], 1)
     assert loss == pytest.approx(float((values * w / torch.tensor([0.5, 2.0])).sum(1).mean()), rel=1e-5)
-    with pytest.raises(errors.BadOption, match="objective"):
-        small(objective="sum")
+    for refused in (small, lambda **wrong: SingleWeight(main=UNROLLED, **wrong)):
+        with pytest.raises(errors.BadOption, match="objective"):
+            refused(objective="sum")
 
 
 def test_networks_that_couple_the_samples_refuse_what_needs_them_apart():
@@ -244,11 +245,13 @@ def test_networks_that_couple_the_samples_refuse_what_needs_them_apart():
             small(NETWORKS["with batch norm"], **change)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("main", NETWORKS.values(), ids=NETWORKS)
-def test_the_baseline_has_the_same_loss_and_its_gradient(main):
+def test_the_baseline_has_the_same_loss_and_its_gradient(main, objective):
     torch.manual_seed(0)
     terms, w, scales = ("mae", "dc", "l1"), [0.2, 0.5, 0.3], [1.0, 2.0, 0.5]
-    model, batch = SingleWeight(main=main, terms=terms, weights=w, scales=scales).train(), example()
+    model = SingleWeight(main=main, terms=terms, weights=w, scales=scales, objective=objective).train()
+    batch = example()
     loss = model.loss(batch, torch.Generator())
     loss.backward()
     found, _ = gradients(model)
@@ -257,7 +260,12 @@ def test_the_baseline_has_the_same_loss_and_its_gradient(main):
     own = {n: p[None].expand(3, *p.shape) for n, p in model.main.named_parameters()}
     result = losses.Result(x_hat=x_hat, x=batch.target, y=batch.y, forward=batch.A, weights=own)
     weighted = sum(w[k] / scales[k] * losses.TERMS[name].value(result) for k, name in enumerate(terms))
-    plain = (weighted + 1e-6).log().mean()
+    if objective == "relative":
+        start = replace(result, x_hat=batch.A.H(batch.y))
+        weighted = weighted / sum(
+            (w[k] + 0.1 / 3) / scales[k] * losses.TERMS[name].value(start).detach() for k, name in enumerate(terms)
+        )
+    plain = ((weighted + 1e-6).log() if objective == "log" else weighted).mean()
     plain.backward()
     expected, _ = gradients(model)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
@@ -346,11 +354,11 @@ def test_a_baked_setting_is_the_same_network(main, setting):
 
 
 def test_baking_keeps_the_same_training_goal_and_refuses_what_the_dial_refuses():
-    model = small(scales=[0.5, 2.0], trained={"coils": 4})
+    model = small(scales=[0.5, 2.0], objective="mean", trained={"coils": 4})
     plain = bake(model, ssim=0.25)
     torch.testing.assert_close(plain.weights, torch.tensor([0.75, 0.25]))
     torch.testing.assert_close(plain.scales, model.scales)
-    assert plain.trained == model.trained
+    assert plain.trained == model.trained and plain.arguments["objective"] == "mean"
     for wrong in ({"ssim": 1.2}, {"sim": 0.5}):
         with pytest.raises(errors.BadOption):
             bake(model, **wrong)

@@ -26,7 +26,7 @@ from ..operators import Cartesian, LinearOperator
 from ..scan import Reconstruction
 from .base import Dial, Reconstructor, data_residual, made
 
-__all__ = ["CRITERIA", "PRESETS", "HyperRecon", "Selection", "SingleWeight", "bake"]
+__all__ = ["CRITERIA", "OBJECTIVES", "PRESETS", "HyperRecon", "Selection", "SingleWeight", "bake"]
 
 _JOURNAL_UNET = {"name": "unet", "width": 32, "complex_output": False, "batch_norm": True}
 
@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+OBJECTIVES = ("log", "mean", "relative")  # what is made of the weighted sum of losses, see `HyperRecon`
 # Scores of a reconstruction without its truth, `(B,)`, small is good: what data-driven sampling ranks by.
 CRITERIA = ("dc", "relative-dc", "noise", "heldout")
 _BINS = 10  # of the histogram of weights, along each dial
@@ -108,7 +109,9 @@ class HyperRecon(Reconstructor):
             or "auto": the size of the term's gradient in the image, relative to that of the first term, as a
             running mean over training, so that equal weights pull equally hard.
         faces: share of training draws on the faces of the simplex.
-        objective: "log" of the weighted sum of losses, see `loss`; "mean", the sum as it is, as in the papers.
+        objective: "log" of the weighted sum of losses, see `loss`; "mean", the sum as it is, as in the papers; "relative",
+            the sum over that of x₀ = Aᴴy, for terms that know no truth: every sample at every w then pulls alike, and
+            none without bound as the logarithm does where the data alone count.
         selection: arguments of `Selection`, data-driven sampling; None learns from all samples.
         antithetic: train each image at one w and at its K cyclic shifts (for two terms: w and its mirror). What the
             settings have in common then cancels from the gradient of the dial's own weights, which otherwise drowns
@@ -160,9 +163,7 @@ class HyperRecon(Reconstructor):
             raise errors.BadOption(
                 "a network with batch normalisation takes one setting per sample", key="antithetic", help="leave it out"
             )
-        if objective not in ("log", "mean"):
-            raise errors.BadOption(f"found {objective!r}, expected log or mean", key="objective")
-        self.objective = objective
+        self.objective = _known_objective(objective)
         self.selection: Selection | None = None if selection is None else made(Selection, "selection", selection)
         if self.selection is not None:
             if antithetic:
@@ -195,7 +196,7 @@ class HyperRecon(Reconstructor):
     def weights(self, batch: int, dials: Mapping[str, float | Tensor]) -> Tensor:
         """Dials by name, a number or `(B,)` each → w `(1 or B, K)`; one row where all are plain numbers."""
         columns = [
-            torch.as_tensor(dials.get(name, dial.default), dtype=torch.float32) for name, dial in self.dials.items()
+            torch.as_tensor(dials.get(name, dial.default), dtype=self.scales.dtype) for name, dial in self.dials.items()
         ]
         rows = max((c.numel() for c in columns), default=1)
         device = self.scales.device
@@ -236,7 +237,8 @@ class HyperRecon(Reconstructor):
         shares = self._shares(example, x0, theta, w, generator)
         if list(self.main.parameters()):
             values = _term_values(self._terms, self.image(x0, A, theta), x, y, A, theta)
-            return (self._objective(values, w) * shares).sum()
+            start = _at_start(self.objective, self._terms, x0, x, y, A, theta)
+            return (_weighted(values, w, self.scales, self.objective, start) * shares).sum()
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         total = x0.real.new_zeros(())
         gradients = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -246,11 +248,13 @@ class HyperRecon(Reconstructor):
             some = slice(None) if self.antithetic else slice(row, row + 1)
             A_row = A if self.antithetic else A.sample(row)
             x_hat = self.image(x0[some], A_row, own)
-            values = _term_values(self._terms, x_hat, None if x is None else x[some], y[some], A_row, own)
+            truth = None if x is None else x[some]
+            values = _term_values(self._terms, x_hat, truth, y[some], A_row, own)
             if self.automatic and self.training and not followed:
                 self._follow_scales(values[0], x_hat)
                 followed = True
-            value = self._objective(values, w[row]).mean() * shares[row]
+            start = _at_start(self.objective, self._terms, x0[some], truth, y[some], A_row, own)
+            value = _weighted(values, w[row], self.scales, self.objective, start).mean() * shares[row]
             found = torch.autograd.grad(value, list(own.values()))
             for name, gradient in zip(own, found, strict=True):
                 gradients[name][row] = gradient[0]
@@ -258,11 +262,6 @@ class HyperRecon(Reconstructor):
         surrogate = sum((theta[name] * gradients[name]).sum() for name in theta)
         # Value of the loss, gradient of the surrogate.
         return total + (surrogate - surrogate.detach())
-
-    def _objective(self, values: Tensor, w: Tensor) -> Tensor:
-        """Σ_k (w_k / s_k) L_k of each sample, or its logarithm, `(B,)`."""
-        weights = w / self.scales
-        return _balanced(values, weights) if self.objective == "log" else (values * weights).sum(1)
 
     def _draw(self, batch: int, generator: torch.Generator) -> Tensor:
         w = losses.sample_weights(batch, len(self.names), generator, faces=self.faces)
@@ -328,7 +327,7 @@ class SingleWeight(Reconstructor):
     """A main network trained for one weighting of the same loss terms: the baseline without a dial.
 
     Arguments:
-        main, terms, scales, trained: as for `HyperRecon`.
+        main, terms, scales, objective, trained: as for `HyperRecon`.
         weights: w, one number per term, ≥ 0 with sum 1.
     """
 
@@ -342,6 +341,7 @@ class SingleWeight(Reconstructor):
         terms: Sequence[str] = ("mae", "ssim"),
         weights: Sequence[float] = (0.5, 0.5),
         scales: Sequence[float] | None = None,
+        objective: str = "log",
         trained: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -351,12 +351,14 @@ class SingleWeight(Reconstructor):
             raise errors.BadOption(
                 f"found {list(weights)}, expected {len(terms)} numbers ≥ 0 with sum 1", key="weights"
             )
+        self.objective = _known_objective(objective)
         self.register_buffer("scales", _scales(scales, len(terms)))
         self.register_buffer("weights", w)
         self.main = build(main)
         self.trained = dict(trained or {})
         self.arguments = {
-            "main": dict(main), "terms": list(terms), "weights": [float(v) for v in weights], "trained": self.trained,
+            "main": dict(main), "terms": list(terms), "weights": [float(v) for v in weights], "objective": objective,
+            "trained": self.trained,
         }  # fmt: skip
 
     def forward(self, y: Tensor, A: LinearOperator) -> Reconstruction:
@@ -366,11 +368,13 @@ class SingleWeight(Reconstructor):
         return Reconstruction(image=x, residual=data_residual(x, y, A))
 
     def loss(self, example: Any, generator: torch.Generator) -> Tensor:
-        """Mean over samples of log Σ_k (w_k / s_k) L_k, as for `HyperRecon`."""
+        """Mean over samples of Σ_k (w_k / s_k) L_k or its logarithm, as for `HyperRecon`."""
         A, y = example.A.preconditioned(example.y)
         weights = {name: p[None].expand(y.shape[0], *p.shape) for name, p in self.main.named_parameters()}
-        values = _term_values(self._terms, self.main(A.H(y), A.gram), example.target, y, A, weights)
-        return _balanced(values, self.weights / self.scales).mean()
+        x0, x = A.H(y), example.target
+        values = _term_values(self._terms, self.main(x0, A.gram), x, y, A, weights)
+        start = _at_start(self.objective, self._terms, x0, x, y, A, weights)
+        return _weighted(values, self.weights, self.scales, self.objective, start).mean()
 
 
 def bake(model: HyperRecon, **dials: float) -> SingleWeight:
@@ -389,7 +393,7 @@ def bake(model: HyperRecon, **dials: float) -> SingleWeight:
         theta = model.hypernet(w)
     plain = SingleWeight(
         main=model.arguments["main"], terms=model.names, weights=w[0].tolist(),
-        scales=model.scales.tolist(), trained=model.trained,
+        scales=model.scales.tolist(), objective=model.objective, trained=model.trained,
     )  # fmt: skip
     shared = {name: value for name, value in model.main.state_dict().items() if name not in theta}
     plain.main.load_state_dict({name: value[0] for name, value in theta.items()} | shared)
@@ -416,9 +420,27 @@ def _term_values(
     return torch.stack([term.value(result) for term in terms], 1)
 
 
-def _balanced(values: Tensor, weights: Tensor) -> Tensor:
-    """log Σ_k w_k L_k of each sample, `(B,)`; a perfect image does not make it infinite."""
-    return ((values * weights).sum(1) + 1e-6).log()
+def _at_start(objective: str, terms: Sequence[losses.Term], x0: Tensor, *about: Any) -> Tensor | None:
+    """The terms of x₀ = Aᴴy, where the objective asks for them."""
+    if objective != "relative":
+        return None
+    with torch.no_grad():
+        return _term_values(terms, x0, *about)
+
+
+def _weighted(values: Tensor, w: Tensor, scales: Tensor, objective: str, start: Tensor | None) -> Tensor:
+    """Σ_k (w_k / s_k) L_k of each sample, or what the objective makes of it, `(B,)`."""
+    total = (values * (w / scales)).sum(-1)
+    if start is not None:
+        # A tenth of equal weights beside w: where the data alone count, x₀, which meets them, has no loss to compare with.
+        return total / (start * ((w + 0.1 / len(scales)) / scales)).sum(-1).clamp(min=1e-12)
+    return (total + 1e-6).log() if objective == "log" else total  # a perfect image does not make it infinite
+
+
+def _known_objective(objective: str) -> str:
+    if objective not in OBJECTIVES:
+        raise errors.BadOption(f"found {objective!r}", key="objective", help=errors.did_you_mean(objective, OBJECTIVES))
+    return objective
 
 
 def _scales(scales: Sequence[float] | str | None, count: int) -> Tensor:
