@@ -19,10 +19,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test check format bench docs clean
+.PHONY: help install browser demo test check format bench bench-paper docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## create .venv with tunemri and everything needed to work on it
 
@@ -60,6 +60,13 @@ format: $(STAMP) ## put the code into the form that check asks for
 bench: $(STAMP) ## classical solvers against BART, one thread each
 	$(ONE) $(BIN)/python benchmarks/classical.py
 	$(ONE) $(BIN)/python benchmarks/bake.py
+
+# About 20 minutes on two cores; BUDGET=full trains networks too and takes hours. Goes on where it was stopped.
+BUDGET ?= quick
+bench-paper: $(STAMP) ## the papers' tables and the outside yardstick, as docs/report.md (BUDGET=quick or full)
+	@test -n "$(TUNEMRI_DATA)" || { echo "no images: make bench-paper TUNEMRI_DATA=/path/to/data" >&2; exit 1; }
+	$(ONE) $(BIN)/python benchmarks/paper.py --data $(TUNEMRI_DATA) -o runs/paper --budget $(BUDGET) \
+		--jobs $(WORKERS) --page docs/report.md
 
 docs: $(DOCS) ## the site, built strictly, its examples run: build/site/index.html
 	$(ONE) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean

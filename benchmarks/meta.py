@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +35,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunemri import evaluation, methods, training, tuning
-from tunemri.datasets import Sampler, load_images
+from tunemri import errors, evaluation, methods, training, tuning
+from tunemri.datasets import Sampler, load_images, subjects
 from tunemri.evaluation import Case, Row
 from tunemri.formats import read_image
 from tunemri.fourier import crop, fft2, ifft2
 from tunemri.masks import make_mask
 from tunemri.methods import Reconstructor, reconstruct
 from tunemri.methods.metalearned import MetaLearned
-from tunemri.metrics import score
+from tunemri.metrics import psnr, score, ssim
 from tunemri.scan import Scan
 from tunemri.simulate import simulate
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    warnings.simplefilter("once", errors.TunemriWarning)
     if options.peak:
         print(peak(*options.peak.split(",")))
         return
@@ -98,7 +100,8 @@ def main() -> None:
         memory(options)
     if options.yardstick:
         names = [name for name in (options.model, *options.also) if name]
-        yardstick(options.data / "bench", {name: methods.load(name) for name in names}, options.yardstick)
+        rows = yardstick(options.data / "bench", {name: methods.load(name) for name in names}, options.yardstick)
+        evaluation.write_csv(options.output / "yardstick.csv", evaluation.records(rows), overwrite=True)
     if options.tables:
         tables(options, model)
 
@@ -117,8 +120,8 @@ def tables(options: argparse.Namespace, model: Reconstructor | None) -> None:
         print(f"\n{title}")
         for ratio in ratios:
             cases = [
-                measured(x, mask, ratio, f"{contrast} {i}", options.size)
-                for i, x in enumerate(images(options.data / "val", contrast, options.limit))
+                measured(x, mask, ratio, f"{contrast} {i}", options.size, subject)
+                for i, (x, subject) in enumerate(images(options.data / "val", contrast, options.limit))
             ]
             shared = {"table": title, "ratio": f"{ratio:g}"}
             contestants, notes = entrants(model, networks, cases, options, contrast, mask, ratio)
@@ -161,7 +164,7 @@ def entrants(
     if model is not None:
         found["meta"] = (model, {})
         # From training images: what is adapted must not have seen what it is judged by.
-        few = [measured(x, mask, ratio, "", options.size) for x in images(options.data / "train", contrast, 5)]
+        few = [measured(x, mask, ratio, "", options.size) for x, _ in images(options.data / "train", contrast, 5)]
         new = tuning.adapt(model, [case.scan for case in few], [_truth(case) for case in few])
         found["adapted"] = (new.model, {})
         notes["adapted"] = f"on 5 others {new.gain:+.3f} dB ({new.low:+.3f} to {new.high:+.3f}), ω {new.shift:+.2f}"
@@ -185,20 +188,21 @@ def entrants(
     return found, notes
 
 
-def images(folder: Path, contrast: str, limit: int) -> list[Tensor]:
-    """That many images of a contrast, evenly spaced over its subjects."""
-    planes = load_images(folder, [SOURCES[contrast]])[SOURCES[contrast]]
-    count = min(limit, len(planes))
-    return [planes[(2 * i + 1) * len(planes) // (2 * count)] for i in range(count)]
+def images(folder: Path, contrast: str, limit: int) -> list[tuple[Tensor, str]]:
+    """That many images of a contrast, evenly spaced over its subjects, and whose they are."""
+    found = load_images(folder, [SOURCES[contrast]])
+    pairs = list(zip(found[SOURCES[contrast]], subjects(folder, found)[SOURCES[contrast]], strict=True))
+    count = min(limit, len(pairs))
+    return [pairs[(2 * i + 1) * len(pairs) // (2 * count)] for i in range(count)]
 
 
-def measured(x: Tensor, mask: str, ratio: float, name: str, size: int) -> Case:
+def measured(x: Tensor, mask: str, ratio: float, name: str, size: int, subject: str = "") -> Case:
     if size:
         shape = [min(size, n) for n in x.shape]
         x = ifft2(crop(fft2(x.to(torch.complex64)), shape)) * math.sqrt(shape[0] * shape[1] / x.numel())
     pattern = make_mask(mask, (x.shape[0], x.shape[1]), 1 / ratio)
     scan, truth = simulate(x[None], mask=pattern, coils=1, noise=0.0)
-    return Case(name=name, scan=scan, reference=truth)
+    return Case(name=name, scan=scan, reference=truth, labels={"subject": subject})
 
 
 def judged(name: str, model: Reconstructor, case: Case, dials: Mapping[str, Any]) -> tuple[Row, dict[str, Any]]:
@@ -209,7 +213,7 @@ def judged(name: str, model: Reconstructor, case: Case, dials: Mapping[str, Any]
     certificate = out.stats.get("certificate", [{}])[0]
     used = {**out.dials, **({"weight": certificate["kappa"]} if certificate else {})}
     row = Row(
-        labels={"model": name, "case": case.name},
+        labels={"model": name, "case": case.name, **case.labels},
         dials=used,
         metrics=score(out.image, _truth(case), METRICS),
         seconds=seconds,
@@ -341,19 +345,19 @@ def peak(phases: str, spared: str) -> float:
 # ---------------------------------------------------------------- the outside yardstick
 
 
-def yardstick(folder: Path, models: Mapping[str, Reconstructor], every: int = 1) -> None:
+def yardstick(folder: Path, models: Mapping[str, Reconstructor], every: int = 1) -> list[Row]:
     """Models beside ISTA-Net+ (one network for each ratio) on its own test images and masks, image by image.
 
     Its figures are in `ista_plus.csv`: 8-bit images clipped to their range, peak 255. Ours are magnitudes, clipped alike; the
     scans are of the real images, without noise. For testing only: nothing may be trained or chosen here.
     """
     with (folder / "ista_plus.csv").open() as file:
-        published = {(row["ratio_percent"], row["image"]): float(row["ista_plus_psnr"]) for row in csv.DictReader(file)}
+        published = {(row["ratio_percent"], row["image"]): row for row in csv.DictReader(file)}
     print("\nISTA-Net+ test images, PSNR with peak 255, axial 01-24 and sagittal 25-35 apart")
+    rows: list[Row] = []
     for percent in ("10", "20", "30", "40", "50"):
         mask = torch.from_numpy(np.load(folder / f"masks/radial_{percent}_256.npy")).float()
         names = sorted(name for ratio, name in published if ratio == percent)[::every]
-        rows: list[Row] = []
         for image in names:
             x = read_image(folder / "ista_brain" / image).data.float()
             x = x * (255 / x.max()) if x.max() <= 1 else x
@@ -361,25 +365,32 @@ def yardstick(folder: Path, models: Mapping[str, Reconstructor], every: int = 1)
                 kspace=fft2(x.to(torch.complex64))[:, None] * mask, mask=mask[None, None], image_shape=(256, 256)
             )
             series = "axial" if int(image[11:13]) <= 24 else "sagittal"
+            # All slices of a series are of one head.
+            labels = {"case": image, "ratio": percent, "series": series, "subject": series}
             for name, model in models.items():
-                y = reconstruct(scan, model).magnitude.clamp(0, 255)
-                rows.append(_scored(name, image, series, float((y - x).square().mean())))
-            rows.append(_scored("ISTA-Net+", image, series, 255**2 / 10 ** (published[percent, image] / 10)))
+                start = time.process_time()
+                out = reconstruct(scan, model)
+                seconds = time.process_time() - start
+                y = out.magnitude.clamp(0, 255)
+                metrics = {"psnr": psnr(y, x, data_range=255), "ssim": ssim(y, x, data_range=255)}
+                rows.append(
+                    Row(labels={"model": name, **labels}, dials=dict(out.dials), metrics=metrics, seconds=seconds)
+                )
+            theirs = published[percent, image]
+            for name, key in (("zero-filled", "zf"), ("ISTA-Net+", "ista_plus")):
+                metrics = {m: float(theirs[f"{key}_{m}"]) for m in ("psnr", "ssim")}
+                rows.append(Row(labels={"model": name, **labels}, metrics=metrics))
         for series in ("axial", "sagittal"):
-            own = [row for row in rows if row.labels["series"] == series]
+            own = [row for row in rows if (row.labels["ratio"], row.labels["series"]) == (percent, series)]
             parts = []
             for name in (*models, "ISTA-Net+"):
                 values = [row.metrics["psnr"] for row in own if row.labels["model"] == name]
-                parts.append(f"{name} {statistics.mean(values):.2f}")
-                if name != "ISTA-Net+":
-                    d = evaluation.paired(own, name, "ISTA-Net+")
-                    parts[-1] += f" ({d['mean']:+.2f}, {d['low']:+.2f} to {d['high']:+.2f})"
-            print(f"  {percent} % {series:<8} n = {len(own) // (len(models) + 1):2}  " + "  ".join(parts), flush=True)
-
-
-def _scored(name: str, image: str, series: str, error: float) -> Row:
-    psnr = 10 * math.log10(255**2 / error)
-    return Row(labels={"model": name, "case": image, "series": series}, metrics={"psnr": psnr})
+                parts.append(f"{name} {statistics.mean(values):.2f}" if values else f"{name} –")
+                if values and name != "ISTA-Net+":
+                    difference = evaluation.paired(own, name, "ISTA-Net+")
+                    parts[-1] += f" ({difference['mean']:+.2f})"
+            print(f"  {percent} % {series:<8} n = {len(values):2}  " + "  ".join(parts), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -113,6 +113,14 @@ JOBS = {
         again="adapt meta.safetensors scan.h5 --anyway -o new.safetensors --overwrite",
         result=lambda d: safetensors.torch.save(safetensors.torch.load_file(d / "new.safetensors")),
     ),
+    "equalise": Job(
+        first="equalise tiny.safetensors scan.h5 -o new.safetensors",
+        again="equalise tiny.safetensors scan.h5 -o new.safetensors --overwrite",
+        result=lambda d: safetensors.torch.save(safetensors.torch.load_file(d / "new.safetensors")),
+    ),
+    "convert": Job(
+        first="convert scan.h5 -o copy.h5", again="convert scan.h5 -o copy.h5 --overwrite", result=pair("copy.h5"),
+    ),
     "simulate": Job(
         first="simulate images/a.npy -o made.h5 --mask poisson --coils 4",
         again="simulate images/a.npy -o made.h5 --mask poisson --coils 4 --overwrite", result=pair("made.h5"),
@@ -159,7 +167,11 @@ def whole(folder: Path) -> None:
             safetensors.torch.load_file(path)
         elif path.suffix == ".npy":
             np.load(path)
-        elif path.name in ("made.h5", "sample.h5", "range.html") or path.parent.name == "out" and path.suffix == ".h5":
+        elif (
+            path.name in ("made.h5", "copy.h5", "sample.h5", "range.html")
+            or path.parent.name == "out"
+            and path.suffix == ".h5"
+        ):
             assert path.stat().st_size > 1000
             if path.suffix == ".h5":
                 formats.inspect(path)
@@ -215,8 +227,10 @@ def main() -> int:
                 command = job.first
                 for _ in range(4):  # at most so many kills in one piece of work
                     child = start(command, folder)
-                    time.sleep(rng.uniform(0.02, 1.0) * seconds)
-                    if killed := os.waitpid(child, os.WNOHANG) == (0, 0):  # it has not ended yet
+                    moment = time.monotonic() + rng.uniform(0.02, 1.0) * seconds
+                    while (killed := os.waitpid(child, os.WNOHANG) == (0, 0)) and time.monotonic() < moment:
+                        time.sleep(0.005)
+                    if killed:  # it had not ended yet
                         os.kill(child, signal.SIGKILL)
                         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
                     runs += 1

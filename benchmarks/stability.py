@@ -1,6 +1,7 @@
 """Does a method keep its head? Its images under changes that it was not made for, beside CG-SENSE and TV in the same run.
 
     python benchmarks/stability.py [--data $TUNEMRI_DATA/val] [--limit 2] [-m hyper-brain …] [-o FILE.csv] [--quick]
+    python benchmarks/stability.py --arithmetic [-m hyper-brain …] [-o FILE.csv]
 
 Brain images, four coils with their true maps, Poisson disk 4×, noise 0.5 % of the maximum; each method with a dial `lam`
 gets its best one on these very scans. Then, always at that setting:
@@ -14,6 +15,11 @@ gets its best one on these very scans. Then, always at that setting:
                       iterations on the Jacobian find, and for a random one
     data              ‖A x̂ − y‖ over what the noise alone would leave
 
+With `--arithmetic`, instead: how far the image moves, ‖x − x′‖ / ‖x‖, when nothing changes but the order or the
+precision of sums, as it does from one machine to another: a second run, two threads instead of one, the last bit of each
+sample drawn anew, and all in double precision. This is what a GPU does to an image, too, as far as it can be told
+without one.
+
 Without data the embedded sample is taken. Sources: V. Antun et al., "On instabilities of deep learning in image
 reconstruction" (2020); M. Genzel, J. Macdonald, M. März, "Solving inverse problems with deep neural networks –
 robustness included?" (2022).
@@ -22,6 +28,7 @@ robustness included?" (2022).
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +44,9 @@ from tunemri.datasets import load_images
 from tunemri.evaluation import Case, Contestant
 from tunemri.fourier import crop, fft2, ifft2
 from tunemri.masks import MASKS, make_mask
-from tunemri.methods import prepare, reconstruct
+from tunemri.methods import Reconstructor, prepare, reconstruct
 from tunemri.metrics import psnr
-from tunemri.operators import encoding
+from tunemri.operators import LinearOperator, encoding
 from tunemri.scan import Scan
 from tunemri.simulate import sample, simulate
 
@@ -185,6 +192,38 @@ def judge(at: Contestant, images: Sequence[Tensor], *, quick: bool = False) -> d
     return row
 
 
+def arithmetic(at: Contestant, scan: Scan) -> dict[str, Any]:
+    """One row: the relative change of the image of the first slice under other roundings; "" where it means nothing."""
+    ready = prepare(scan)
+    y, A, more = ready.kspace[:1], encoding(ready).sample(0), at.model.knows(ready, 0)
+    dials = {**at.model.suggest(y, A), **at.dials}
+
+    @torch.no_grad()
+    def image(data: Tensor = y, operator: LinearOperator = A, model: Reconstructor = at.model) -> Tensor:
+        return model(data, operator, **dials, **more).image
+
+    one = image()
+
+    def change(other: Tensor) -> float:
+        return float((other - one).norm() / one.norm())
+
+    row: dict[str, Any] = {"method": at.name, "again": change(image())}
+    torch.set_num_threads(2)
+    row["two threads"] = change(image())
+    torch.set_num_threads(1)
+    last = 2.0**-24 * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    row["last bit"] = change(image(y * (1 + last)))
+    row["double"] = ""
+    if "mmse" not in dials.values():  # draws of another precision are other draws
+        assert ready.mask is not None
+        fine = replace(
+            ready, kspace=ready.kspace.to(torch.complex128), mask=ready.mask.double(),
+            csm=None if ready.csm is None else ready.csm.to(torch.complex128),
+        )  # fmt: skip
+        row["double"] = change(image(fine.kspace[:1], encoding(fine).sample(0), copy.deepcopy(at.model).double()))
+    return row
+
+
 def pictures(folder: Path | None, limit: int, shape: tuple[int, int]) -> tuple[list[Tensor], str]:
     """Images on a grid of `shape`, and where they are from."""
     if folder is None:
@@ -201,12 +240,19 @@ def contestants(names: Sequence[str]) -> list[Contestant]:
     return [Contestant(name=name, model=methods.load(name)) for name in names]
 
 
+def estimates(at: Contestant) -> list[Contestant]:
+    """The contestant once for each kind of image that it can give: the most probable one, the mean."""
+    kinds = at.model.dials["estimate"].choices if "estimate" in at.model.dials else ()
+    return [replace(at, name=f"{at.name} {kind}", dials={"estimate": kind}) for kind in kinds] or [at]
+
+
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table, one column per method."""
     names = list(dict.fromkeys(key for row in rows for key in row))
+    width = max(13, *(len(row["method"]) + 2 for row in rows))
     for name in names:
         cells = [row.get(name, "") for row in rows]
-        print(f"{name:22}" + "".join(f"{c:>13.3g}" if isinstance(c, float) else f"{c:>13}" for c in cells))
+        print(f"{name:22}" + "".join(f"{c:>{width}.3g}" if isinstance(c, float) else f"{c:>{width}}" for c in cells))
 
 
 def main() -> None:
@@ -216,6 +262,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="rows and columns")
     parser.add_argument("-m", "--model", action="append", help="default: every bundled model")
     parser.add_argument("-o", "--output", type=Path, help="also as CSV")
+    parser.add_argument("--arithmetic", action="store_true", help="other roundings instead of other data")
     parser.add_argument("--quick", action="store_true", help="fewer masks, radii and power iterations")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -225,7 +272,10 @@ def main() -> None:
     base = [scan_of(x, make_mask("poisson", shape, 4)) for x in images]
     rows = []
     for contestant in contestants(["zero-filled", "sense", "tv", "wavelet", *(options.model or methods.bundled())]):
-        rows.append(judge(tuned(contestant, base), images, quick=options.quick))
+        if options.arithmetic:
+            rows += [arithmetic(at, base[0][0]) for at in estimates(contestant)]
+        else:
+            rows.append(judge(tuned(contestant, base), images, quick=options.quick))
         print(f"{contestant.name}: done", flush=True)
     print(f"\n{len(images)} images of {where}, {shape[0]}×{shape[1]}")
     show(rows)

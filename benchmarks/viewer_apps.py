@@ -30,8 +30,7 @@ class Marked(tunemri.Reconstructor):
         super().__init__()
         self.model = model
 
-    @property
-    def dials(self) -> dict[str, tunemri.Dial]:
+    def declared(self) -> dict[str, tunemri.Dial]:
         return self.model.dials
 
     def forward(self, y: Tensor, A: LinearOperator, **dials: float) -> Reconstruction:

@@ -984,5 +984,34 @@ def main(folder: Path, count: int) -> int:
     return bad
 
 
+def within(folder: Path, spare: int = 2**29) -> int:
+    """Read every case of REFUSED with so many bytes of memory to spare; returns how many ended otherwise than they should."""
+    import resource
+    import warnings
+
+    from tunemri import errors, formats
+
+    warnings.simplefilter("ignore")
+    bad, limit = 0, resource.getrlimit(resource.RLIMIT_AS)
+    for number, case in enumerate(REFUSED):
+        (own := folder / str(number)).mkdir()
+        path = case.build(own)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare, limit[1]))
+        try:
+            getattr(formats, case.reader)(path)
+            found = "nothing"
+        except errors.TunemriError as error:
+            found = error.word
+        except MemoryError:
+            found = "MemoryError"
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+        if found != case.word:
+            print(f"{case.name}: {found}, expected {case.word}")
+            bad += 1
+    return bad
+
+
 if __name__ == "__main__":
-    sys.exit(min(main(Path(sys.argv[1]), int(sys.argv[2])), 99))
+    where, *counts = sys.argv[1:]
+    sys.exit(min(main(Path(where), int(counts[0])) if counts else within(Path(where)), 99))

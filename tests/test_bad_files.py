@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 import malformed
 import tunemri
 from malformed import ACCEPTED, REFUSED, Case, fastmri, kspace, lines
-from tunemri import console, datasets, errors, files, formats, training
+from tunemri import cli, console, datasets, errors, files, formats, training
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -193,6 +194,105 @@ def test_links_are_followed_to_read_and_replaced_to_write(here: Path) -> None:
     formats.write("a.h5", scan, overwrite=True)
     assert truth.read_bytes() == before, "what a link points to is not ours to change"
     assert not Path("a.h5").is_symlink() and not Path("nowhere.h5").exists()
+
+
+# A superuser may do anything; without these rights it is held to the permissions of files like everybody else.
+_PERMISSIONS = """
+import ctypes, os, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import malformed
+from tunemri import errors, files, formats
+
+if os.geteuid() == 0:
+    head, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None)
+    assert libc.capget(head, rights) == 0
+    rights[0] &= ~6  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: of the effective set
+    rights[1] &= ~6  # of the permitted set
+    assert libc.capset(head, rights) == 0
+
+def refused(work):
+    try:
+        work()
+    except errors.TunemriError as error:
+        assert error.exit_code == 3, error
+        return type(error)
+    raise AssertionError("it was not refused")
+
+def mode(path):
+    return os.stat(path).st_mode & 0o777
+
+path = malformed.fastmri(pathlib.Path("."), "a.h5")
+os.umask(0o027)
+os.chmod(path, 0)
+assert refused(lambda: formats.read(path)) is errors.UnreadableFile
+os.chmod(path, 0o444)  # of no consequence: it is the folder that says whether a name in it may be given anew
+scan = formats.read(path)
+formats.write(path, scan, overwrite=True)
+assert mode(path) == 0o640, "as the mask of the user wants it"
+for name, bits in (("closed", 0), ("blind", 0o600), ("full", 0o500)):
+    os.mkdir(name)
+    os.link(path, f"{name}/a.h5")
+    os.chmod(name, bits)
+    if name == "full":
+        assert len(formats.read(f"{name}/a.h5")) == len(scan)
+    else:
+        assert refused(lambda: formats.read(f"{name}/a.h5")) is errors.UnreadableFile
+    for target in ("a.h5", "b.h5"):
+        assert refused(lambda: formats.write(f"{name}/{target}", scan, overwrite=True)) is errors.BadOption
+        assert refused(lambda: files.check_target(f"{name}/{target}", overwrite=True)) is errors.BadOption
+    os.chmod(name, 0o700)
+    assert os.listdir(name) == ["a.h5"]
+os.mkdir("drop", 0o300)  # what lies in it is nobody's business, but anybody may put something there
+formats.write("drop/b.h5", scan)
+with files.write_with_record("drop/c.h5") as folder:
+    formats.write(folder / "c.h5", scan)
+    (folder / "c.h5.json").write_text("{}")
+os.chmod("drop", 0o700)
+assert sorted(os.listdir("drop")) == ["b.h5", "c.h5", "c.h5.json"]
+"""
+
+
+def test_permissions_are_those_of_the_system(tmp_path: Path) -> None:
+    """Files and folders that may not be read, searched, written or listed; what is written has the rights of any new file."""
+    run = subprocess.run(
+        [sys.executable, "-c", _PERMISSIONS, str(Path(__file__).parent)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(tunemri.__file__).parents[1])},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_case_takes_memory_before_it_is_refused(tmp_path: Path) -> None:
+    """Each is read with half a gigabyte to spare: a size that is believed before it is compared would show."""
+    run = subprocess.run(
+        [sys.executable, malformed.__file__, str(tmp_path)],
+        capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(tunemri.__file__).parents[1])},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, ""), run.stdout[-2000:] + run.stderr[-2000:]
+
+
+def test_no_patient_gets_into_an_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scan says of the person: not in images, copies, records, nor what is printed of it."""
+    name = "Planted^Name"
+    subject = f"<subjectInformation><patientName>{name}</patientName><patientID>{name}</patientID></subjectInformation>"
+    xml = malformed.header().replace("<encoding>", subject + "<encoding>")
+    fastmri(here, attributes={"patient_id": name, "acquisition": name}, ismrmrd_header=xml)
+    for words in (
+        "convert scan.h5 -o copy.h5", "convert scan.h5 -o copy.cfl", "recon scan.h5 -m zero-filled -o image.h5",
+        "recon scan.h5 -m zero-filled -o image.nii", "recon scan.h5 -m zero-filled -o image.dcm",
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["tunemri", *words.split()])
+        before = signal.getsignal(signal.SIGTERM)
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        assert not stop.value.code, words
+    made = [path for path in here.iterdir() if path.name != "scan.h5"]
+    assert len(made) >= 11
+    assert name.encode() in Path("scan.h5").read_bytes()
+    assert [path.name for path in made if name.encode() in path.read_bytes()] == []
 
 
 def test_one_bad_image_in_a_folder_is_found_before_training(here: Path) -> None:

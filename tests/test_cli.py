@@ -116,13 +116,18 @@ def refused(result: Result, word: str, *parts: str, code: int = 2) -> None:
 # ---------------------------------------------------------------- help, version, names
 
 
-def test_help_and_version_are_quick_and_need_no_torch(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "--version", "models", "models hyper-brain --json", "masks", "masks poisson", "info tiny.safetensors"],
+)
+def test_what_only_tells_is_quick_and_needs_no_torch(words, tmp_path, tiny):
     code = "import sys; from tunemri.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
-    for option in ("--help", "--version"):
-        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0
-        assert done.stdout.splitlines()[-1] == "False"
-    assert "tunemri 0." in done.stdout
+    command = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[-1] == "False"
+    assert len(said) > 1
 
 
 @pytest.mark.parametrize("command", sorted(c.name or c.callback.__name__ for c in cli.app.registered_commands))

@@ -288,6 +288,34 @@ def test_a_volume_in_parts_is_the_volume_at_once(coils, maps, run, tmp_path, mon
     assert facts[1] == facts[2] == facts[0]
 
 
+def test_a_part_that_does_not_fit_the_memory_is_halved(run, tmp_path, monkeypatch):
+    """The same file to the byte, a warning, and an error that names what to cut where one slice alone is too much."""
+    write_scan(tmp_path / "s.h5", slices=5, coils=3)
+    common = ("recon", "s.h5", "-m", "tv", "--set", "lam=0.01")
+    assert run(*common, "-o", "whole.h5")[0] == 0
+    most, read = 2, formats.read
+
+    def scarce(path: Path, *, slices: slice | None = None) -> Any:
+        found = read(path, slices=slices)
+        if len(found) > most:
+            raise errors.NoMemory("not enough memory to read it", file=path)
+        return found
+
+    monkeypatch.setattr(formats, "read", scarce)
+    code, _, err = run(*common, "-o", "parts.h5")
+    assert code == 0, err
+    assert [line for line in err if "not enough memory" in line] == [
+        f"warning[note]: s.h5: not enough memory for {n} slices at a time: going on with {m}"
+        for n, m in ((5, 3), (3, 2))
+    ]
+    assert (tmp_path / "parts.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    most, before = 0, folder_state(tmp_path)
+    code, _, err = run(*common, "-o", "none.h5")
+    assert code == 3
+    assert err[-1].startswith("error[no_memory]: s.h5: not enough memory to read it")
+    assert folder_state(tmp_path) == before
+
+
 def test_parts_of_a_selection_and_formats_that_wait_for_the_whole(run, tmp_path, monkeypatch):
     write_scan(tmp_path / "s.h5", slices=5)
     whole, parts = [], []

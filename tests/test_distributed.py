@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperrecon": ("hyperrecon", {"main": UNROLLED, "widths": [6, 4]}),
     "hyperrecon, antithetic": ("hyperrecon", {"main": UNROLLED, "widths": [4], "antithetic": True}),
     "hyperrecon, scales": ("hyperrecon", {"main": UNROLLED, "widths": [4], "scales": "auto"}),
+    "hyperrecon, selection": (
+        "hyperrecon",
+        {"main": UNROLLED, "widths": [4], "objective": "mean", "selection": {"keep": 0.5}},
+    ),
+    "hyperrecon, coupled": ("hyperrecon", {"main": {"name": "unet", "width": 4, "batch_norm": True}, "widths": [4]}),
     "single-weight": ("single-weight", {"main": {"name": "unet", "width": 4}}),
     "meta-learned": ("meta-learned", {**META, "training": {"bilevel": "joint"}}),
     "meta-learned, alternate": ("meta-learned", {**META, "training": {"bilevel": "alternate"}}),
+    "meta-learned, penalty": ("meta-learned", {**META, "training": {"bilevel": "penalty", "penalty": 0.1}}),
     "generative": ("generative", {"energy": {"widths": [4, 6]}, "levels": [0.01, 1.0]}),
+    "generative, likelihood": (
+        "generative",
+        {
+            "energy": {"name": "paper", "size": 16, "widths": [4, 4]},
+            "likelihood": {"chain": 6, "replay": 4},
+        },
+    ),
 }
 
 
@@ -42,14 +57,19 @@ def built(name: str) -> Reconstructor:
     return make(*FAMILIES[name])
 
 
-def batches(step: int, rank: int = 0) -> Example:
+def batches(step: int, rank: int = 0, shape: tuple[int, int] = (16, 18)) -> Example:
     def example(seed: int) -> Example:
-        x = random((2, 16, 18), seed=seed) * 0.1 + phantom((16, 18), seed=seed)
-        A = Cartesian(lines((16, 18)))
+        x = random((2, *shape), seed=seed) * 0.1 + phantom(shape, seed=seed)
+        A = Cartesian(lines(shape))
         return Example(y=A(x), A=A, target=x)
 
     lower, upper = (example(1000 * rank + 10 * step + level) for level in (0, 1))
     return Example(y=lower.y, A=lower.A, target=lower.target, upper=upper)
+
+
+def batches_of(name: str) -> Callable[..., Example]:
+    """What a family trains on: the paper's energy knows images of one size alone."""
+    return partial(batches, shape=(16, 16)) if name == "generative, likelihood" else batches
 
 
 def plan(**changes: Any) -> Plan:
@@ -75,12 +95,12 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 import torch.distributed as dist
-from test_distributed import FAMILIES, batches, built, fit, plan, weights
+from test_distributed import FAMILIES, batches, batches_of, built, fit, plan, weights
 from tunemri import cli, errors
 
 folder = Path(sys.argv[1])
 for name in FAMILIES:
-    model = fit(built(name), batches, plan(), folder / name)
+    model = fit(built(name), batches_of(name), plan(), folder / name)
     own = torch.cat([weights(model), *(b.double().flatten() for b in model.buffers())])
     both = [torch.empty_like(own) for _ in range(2)]
     dist.all_gather(both, own)
@@ -155,7 +175,7 @@ def test_two_processes_take_the_mean_of_the_gradients_of_their_samples(name, two
     monkeypatch.setattr(training, "_share_buffers", lambda *_: None)
     for rank in range(2):
         monkeypatch.setattr(training, "_distributed", lambda rank=rank: (rank, 2))
-        model = fit(built(name), batches, plan(), tmp_path / str(rank))
+        model = fit(built(name), batches_of(name), plan(), tmp_path / str(rank))
     assert relative(gradients[0], gradients[1]) > 0.01, "each process has samples of its own"
     mean = (gradients[0] + gradients[1]) / 2
     state = safetensors.torch.load_file(two[0] / name / "state.safetensors")
@@ -172,6 +192,40 @@ def test_resume_on_two_processes_is_exact_and_only_on_two(two):
         assert torch.equal(resumed[name], value), name
     with pytest.raises(errors.BadOption, match="world was 2, is 1"):
         fit(built("hyperrecon"), batches, plan(steps=4), folder / "resumed", resume=True)
+
+
+def test_a_killed_process_ends_the_others_who_say_so(tmp_path):
+    """Nobody waits for the dead, and the last state is whole."""
+    script = f"""
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends whoever is left
+sys.path.insert(0, {str(TESTS)!r})
+from pathlib import Path
+from test_distributed import batches, built, errors, fit, plan
+
+def dying(step, rank=0):
+    if step == 2 and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batches(step, rank)
+
+try:
+    fit(built("hyperrecon"), dying, plan(steps=4), sys.argv[1])
+except errors.NoMemory as error:
+    Path(sys.argv[1], "said").write_text(f"{{error.exit_code}} {{error}}")
+os._exit(1)
+"""
+    (tmp_path / "script.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "script.py"), str(tmp_path / "run")], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = (tmp_path / "run/said").read_text()
+    assert said.startswith("3 ") and "another process of this training has ended" in said, done.stderr
+    state = safetensors.torch.load_file(tmp_path / "run/state.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
+    assert not (tmp_path / "run/lock.json").exists()
 
 
 def test_one_process_speaks_for_all(two):

@@ -8,17 +8,19 @@ import math
 from dataclasses import replace
 from typing import Annotated
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunemri import coils, errors, evaluation, scoring
+from tunemri import coils, datasets, errors, evaluation, scoring
 from tunemri.evaluation import Case, Contestant, Row
 from tunemri.fourier import fft2
 from tunemri.methods.base import Dial, Reconstructor, data_residual
 from tunemri.metrics import METRICS
 from tunemri.scan import Reconstruction, Scan
+from tunemri.simulate import phantom
 
 BEST = 1.3
 
@@ -313,9 +315,40 @@ class TestPaired:
         d = evaluation.paired(rows + twin, "good", "twin")
         assert (d["mean"], d["low"], d["high"], d["p"]) == (0, 0, 0, 1)
 
+    def test_slices_of_a_subject_count_once(self):
+        def rows(name, values):
+            whose = zip(("a", "a", "a", "b"), values, strict=True)
+            return [
+                Row(labels={"model": name, "case": f"case {i}", "subject": subject}, metrics={"psnr": value})
+                for i, (subject, value) in enumerate(whose)
+            ]
+
+        d = evaluation.paired([*rows("x", [31.0, 32.0, 33.0, 14.0]), *rows("y", [30.0, 30.0, 30.0, 10.0])], "x", "y")
+        # Differences 2 and 4 of two subjects, not 1, 2, 3 and 4 of four slices.
+        assert (d["n"], d["mean"], d["wins"]) == (2, 3.0, 1.0)
+        assert (d["low"], d["high"]) == pytest.approx((3 - 12.706, 3 + 12.706), abs=1e-3)
+        alone = [row for row in [*rows("x", [1.0] * 4), *rows("y", [0.0] * 4)] if row.labels["subject"] == "a"]
+        d = evaluation.paired(alone, "x", "y")
+        assert (d["n"], d["mean"], d["low"], d["high"]) == (1, 1.0, -math.inf, math.inf)
+
     def test_refuses_unpaired_and_ambiguous(self):
         rows = contest()
         with pytest.raises(errors.NoData, match="share no case"):
             evaluation.paired(rows, "good", "nobody")
         with pytest.raises(errors.BadOption, match="several rows"):
             evaluation.paired(rows + rows, "good", "bad")
+
+
+def test_cases_know_whose_they_are(tmp_path):
+    """The manifest of the shared data says so; a folder without one has subjects of no name, and one that disagrees is refused."""
+    np.savez(tmp_path / "ixi_pd_u8.npz", img=np.stack([phantom((16, 12), seed=s).numpy() for s in range(3)]))
+    plan = scoring.Plan(folder=tmp_path, sources=("ixi",), limit=3, masks=("radial:2",))
+    images = datasets.load_images(tmp_path, ["ixi"])
+    assert datasets.subjects(tmp_path, images) == {"ixi": ["", "", ""]}
+    assert all("subject" not in case.labels for case in scoring.cases(plan, images))
+    lines = ["file,subject", "ixi_pd_u8.npz,a", "other.npz,x", "ixi_pd_u8.npz,a", "ixi_pd_u8.npz,b"]
+    (tmp_path / "MANIFEST.csv").write_text("\n".join(lines))
+    assert [case.labels["subject"] for case in scoring.cases(plan, images)] == ["a", "a", "b"]
+    (tmp_path / "MANIFEST.csv").write_text("\n".join(lines[:-1]))
+    with pytest.raises(errors.UnreadableFile, match="lists 2 images of ixi, found 3"):
+        datasets.subjects(tmp_path, images)

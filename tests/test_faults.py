@@ -20,14 +20,27 @@ import pytest
 import torch
 
 import test_training
+import test_weights
 from laws import folder_state
 from laws import scan as some_scan
-from test_cli import everything, image, refused, run, scan, shell, tiny  # noqa: F401 (fixtures)
+from test_cli import everything, image, refused, run, scan, tiny  # noqa: F401 (fixtures)
 from tunemri import coils, console, errors, evaluation, files, formats, methods, training
+from tunemri.masks import poisson
 from tunemri.methods import METHODS, prepare, reconstruct
 from tunemri.scan import select
+from tunemri.simulate import phantom, simulate
 
 SOURCE = str(Path(files.__file__).parents[1])
+# Several commands in one process, which is spared importing torch for each.
+EACH = """
+import json, sys
+from tunemri import cli
+for words in json.loads(sys.argv.pop()):
+    try:
+        cli.main(words)
+    except SystemExit as stop:
+        assert not stop.code, words
+"""
 
 
 def killed(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -224,6 +237,43 @@ def test_a_disk_limit_in_the_middle_of_a_command(tmp_path: Path, run: Any, scan:
     assert everything(tmp_path) == before
 
 
+WITH_RECORD = [
+    "simulate image.npy -o made.h5 --mask poisson --coils 1",
+    "convert scan.h5 -o copy.h5",
+    "convert scan.h5 -o copy.cfl",
+    "convert image.npy -o copy.nii.gz",
+    "recon scan.h5 -m zero-filled -o out.npy",
+    "recon scan.h5 -m zero-filled -o out.cfl",
+    "compare scan.h5 -m zero-filled -o strip.png",
+    "sweep scan.h5 -m tiny.safetensors --grid ssim=2 -o table",
+    "evaluate -m zero-filled --data images --metrics psnr -o scores",
+    "export scan.h5 -m tiny.safetensors -o range.html",
+]
+
+
+@pytest.mark.parametrize("command", WITH_RECORD)
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full", "stop"])
+def test_no_output_without_its_record(command, fault, run, image, scan, tiny, monkeypatch):  # noqa: F811
+    """The disk is full, or somebody stops it, when all but the record is written: nothing new is there, the old still is."""
+    Path("images").mkdir()
+    Path("images/a.npy").write_bytes(image.read_bytes())
+    words = command.split()
+
+    def fails(*again: str) -> None:
+        before = everything(Path("."))
+        with monkeypatch.context() as m:
+            m.setattr(console, "sidecar", lambda *a, **k: (_ for _ in ()).throw(fault))
+            result = run(*words, *again)
+        assert result.code == (3 if isinstance(fault, OSError) else 130), result.err
+        after = {name: content for name, content in everything(Path(".")).items() if ".unfinished" not in name}
+        assert after == before
+
+    fails()
+    if isinstance(fault, OSError):
+        assert run(*words, "--overwrite").code == 0
+        fails("--overwrite")
+
+
 # ---------------------------------------------------------------- long work, stopped and gone on with
 
 
@@ -376,6 +426,50 @@ def test_a_poor_environment(tmp_path: Path) -> None:
     assert done.stderr.startswith("error[unreadable_file]: n") and done.stderr.count("\n") == 1
 
 
+def test_names_that_are_no_text_and_a_terminal_of_ascii(tmp_path: Path) -> None:
+    """Every command works under such names, and says them as far as they can be said."""
+    odd = {name: os.fsdecode(name.encode() + b"\xff") for name in ("scan", "image", "images", "scores", "range")}
+    (tmp_path / odd["images"]).mkdir()
+    np.save(tmp_path / odd["images"] / f"{odd['image']}.npy", phantom((24, 20))[None].numpy())
+    scan = f"{odd['scan']}.h5"  # noqa: F811
+    commands = [
+        ["simulate", f"{odd['images']}/{odd['image']}.npy", "-o", scan, "--mask", "poisson", "--coils", "1"],
+        ["recon", scan, "-m", "zero-filled", "-o", f"{odd['image']}.h5"],
+        ["recon", scan, "-m", "zero-filled", "-o", f"{odd['image']}.nii", "--json"],
+        ["convert", scan, "-o", f"{odd['scan']}.cfl"],
+        ["info", scan],
+        ["compare", scan, "-m", "zero-filled", "-o", f"{odd['image']}.png"],
+        ["evaluate", "-m", "zero-filled", "--data", odd["images"], "--metrics", "psnr", "-o", odd["scores"]],
+        ["export", scan, "-m", "sense", "-o", f"{odd['range']}.html"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(commands)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": SOURCE, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    assert "scan\\udcff.h5  1 slices" in done.stdout
+    assert f"{odd['range']}.html" in os.listdir(tmp_path)
+    for path in tmp_path.rglob("*.json"):
+        json.loads(path.read_text())
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = test_training.plan(steps=4)
+    expected = test_training.weights(training.fit(test_training.model(), test_training.batches, plan, tmp_path / "a"))
+    now = 2e9
+
+    def earlier() -> float:
+        nonlocal now
+        now -= 3600
+        return now
+
+    monkeypatch.setattr(training.time, "time", earlier)
+    monkeypatch.setattr(training.time, "monotonic", earlier)
+    found = training.fit(test_training.model(), test_training.batches, plan, tmp_path / "b")
+    assert torch.equal(test_training.weights(found), expected)
+
+
 # ---------------------------------------------------------------- two at once
 
 
@@ -441,6 +535,45 @@ def test_no_memory_says_what_to_cut(error: Exception, monkeypatch: pytest.Monkey
         reconstruct(volume, methods.load("zero-filled"))
 
 
+def test_a_reader_without_memory_does_not_call_the_file_damaged(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.ones((1, 2, 8, 8), "c8"))
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 99 bytes")):
+        monkeypatch.setattr(formats.arrays, "read_scan", lambda *a, e=error: (_ for _ in ()).throw(e))
+        with pytest.raises(errors.NoMemory, match=r"a\.npy.*read fewer slices"):
+            formats.read(tmp_path / "a.npy")
+
+
+def test_a_limit_of_memory_in_the_middle_of_a_command(tmp_path: Path) -> None:
+    """The system's own limit: one line that says what to cut, exit status 3, and nothing is left."""
+    rng = np.random.default_rng(0)
+    for name, size in (("small", 32), ("large", 512)):
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal((1, 8, size, size, 2)).astype("f4").view("c8")[..., 0])
+    code = """
+import pathlib, resource
+from tunemri import cli
+
+def recon(name):
+    try:
+        cli.main(["recon", f"{name}.npy", "-m", "tv:lam=0.1", "-o", f"{name}.h5"])
+    except SystemExit as stop:
+        return stop.code
+
+assert not recon("small")  # everything is imported now
+used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, resource.RLIM_INFINITY))
+raise SystemExit(recon("large"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": SOURCE},
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert (
+        "error[no_memory]: large.npy: kspace: not enough for 1 slices of 8 coils, 512×512; fewer coils" in done.stderr
+    )
+    assert sorted(os.listdir(tmp_path)) == ["large.npy", "small.h5", "small.h5.json", "small.npy"]
+
+
 def test_no_memory_in_training_says_what_to_cut(tmp_path: Path) -> None:
     class Greedy(test_training.HyperRecon):
         def loss(self, example: Any, generator: torch.Generator) -> Any:
@@ -471,19 +604,72 @@ def test_a_volume_is_prepared_slice_by_slice(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------- the same again, and what outputs say
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not methods.needs_weights(name)] + ["tiny"])
-def test_the_same_command_gives_the_same_bytes(name: str, run: Any, scan: Path, tiny: Path) -> None:  # noqa: F811
-    model = tiny if name == "tiny" else name
-    for suffix in (".h5",) if name != "zero-filled" else (".h5", ".npy", ".nii.gz", ".cfl", ".png"):
-        for output in ("a", "b"):
-            assert run("recon", scan, "-m", model, "--seed", 3, "-o", output + suffix).code == 0
-        assert Path("a" + suffix).read_bytes() == Path("b" + suffix).read_bytes(), suffix
+MEAN = ("--set", "estimate=mmse")
+# Output → the model that makes it: every method, with weights of its own where it needs some, and whatever ships.
+REPEATED: dict[str, tuple[str, ...]] = {
+    **{f"{name}.h5": (f"{name}.safetensors" if methods.needs_weights(name) else name,) for name in METHODS},
+    **{f"{name}.h5": (name,) for name in methods.bundled()},
+    "generative-mean.h5": ("generative.safetensors", *MEAN),
+    **({"energy-brain-mean.h5": ("few-draws.safetensors", *MEAN)} if "energy-brain" in methods.bundled() else {}),
+    **{f"any{suffix}": ("zero-filled",) for suffix in formats.WRITERS},
+}
 
 
-def test_another_process_gives_the_same_bytes(tmp_path: Path, run: Any, scan: Path, tiny: Path) -> None:  # noqa: F811
-    assert run("recon", scan, "-m", tiny, "-o", "a.h5").code == 0
-    assert shell("recon", scan, "-m", tiny, "-o", "b.h5", cwd=tmp_path).returncode == 0
-    assert Path("a.h5").read_bytes() == Path("b.h5").read_bytes()
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where two processes, in opposite orders, made each output of REPEATED: one in `a`, one in `b`."""
+    folder = tmp_path_factory.mktemp("repeated")
+    for name in test_weights.SMALL:
+        methods.save(test_weights.build(name), folder / f"{name}.safetensors")
+    if "energy-brain" in methods.bundled():
+        trained = methods.load("energy-brain")
+        few = methods.make("generative", trained.arguments | {"draws": {"chains": 2, "samples": 2, "levels": 3}})
+        few.load_state_dict(trained.state_dict())
+        methods.save(few, folder / "few-draws.safetensors")
+    # Maps are estimated for each image, too.
+    simulated, truth = simulate(phantom((36, 32))[None], mask=poisson((36, 32), 3), coils=3, noise=0.01)
+    formats.write(folder / "scan.h5", simulated, reference=truth)
+    for side, names in (("a", list(REPEATED)), ("b", list(REPEATED)[::-1])):
+        (folder / side).mkdir()
+        words = [["recon", "scan.h5", "--seed", "3", "-o", f"{side}/{n}", "-m", *REPEATED[n]] for n in names]
+        done = subprocess.run(
+            [sys.executable, "-c", EACH, json.dumps(words)], cwd=folder, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "2"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_the_same_command_gives_the_same_bytes(name: str, repeated: Path) -> None:
+    """In another process, after other work, on two threads."""
+    assert (repeated / "a" / name).read_bytes() == (repeated / "b" / name).read_bytes()
+    records = [json.loads((repeated / side / f"{name}.json").read_text()) for side in "ab"]
+    own = ("out", "command", "written", "seconds")
+    assert len({json.dumps({k: v for k, v in r.items() if k not in own}) for r in records}) == 1
+
+
+def test_a_gpu_is_asked_for_single_precision_and_the_same_again() -> None:
+    """Settings alone can be looked at without one; they are given back."""
+    seen = []
+
+    class Watching(METHODS["zero-filled"]):
+        def forward(self, *a: Any, **k: Any) -> Any:
+            cudnn = torch.backends.cudnn
+            seen.append((cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32))
+            return super().forward(*a, **k)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    reconstruct(some_scan((16, 18)), Watching())
+    assert seen == [(True, True, False, False)]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == before
+
+
+def test_another_seed_is_another_draw(repeated: Path, run: Any) -> None:  # noqa: F811
+    """What is the same above is not so because nothing in it is random."""
+    few = repeated / "generative.safetensors"
+    assert run("recon", repeated / "scan.h5", "-m", few, *MEAN, "--seed", 4, "-o", "o.h5").code == 0
+    assert Path("o.h5").read_bytes() != (repeated / "a/generative-mean.h5").read_bytes()
 
 
 def test_an_image_of_a_simulated_scan_says_so(run: Any, scan: Path) -> None:  # noqa: F811

@@ -26,7 +26,7 @@ from hypothesis.extra import numpy as arrays
 import malformed
 from malformed import fastmri, kspace, raw
 from test_weights import SMALL, build, header_and_tensors, rewrite
-from tunemri import cli, console, errors, formats, methods, training
+from tunemri import console, errors, formats, methods, texts, training
 from tunemri.scan import Scan
 
 FEW = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -307,15 +307,15 @@ def test_any_value_in_a_recipe(data: st.DataObject, tmp_path: Path) -> None:
 @given(record=JSON | st.dictionaries(st.sampled_from(["model", "dials", "scan", "picks", "slice", "seed"]), JSON))
 def test_any_record(record: Any, tmp_path: Path) -> None:
     path = raw(tmp_path, "a.json", json.dumps(record).encode())
-    fine(lambda: cli._read_sidecar(path))
-    fine(lambda: cli._read_sidecar(path.with_name("a.json#2")))
+    fine(lambda: texts.read_sidecar(path))
+    fine(lambda: texts.read_sidecar(path.with_name("a.json#2")))
 
 
 @FEW
 @given(words=st.text(alphabet="0123456789:.,=-+einfax ", max_size=12))
 def test_any_words_for_slices_grids_and_settings(words: str) -> None:
     model = methods.load("tv")
-    fine(lambda: cli._slices(words))
-    fine(lambda: cli._grid([f"lam={words}"], model))
-    fine(lambda: cli._contestant(f"tv:lam={words}", {}, [], False))
-    fine(lambda: cli._contestant(words, {}, [words], True))
+    fine(lambda: texts.as_slice(words))
+    fine(lambda: texts.axes_of([f"lam={words}"], model))
+    fine(lambda: texts.contestant(f"tv:lam={words}", {}, [], False))
+    fine(lambda: texts.contestant(words, {}, [words], True))

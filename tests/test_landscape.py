@@ -35,7 +35,7 @@ from tunemri.masks import make_mask
 from tunemri.methods import Dial, Reconstructor, prepare, reconstruct
 from tunemri.operators import LinearOperator
 from tunemri.scan import Reconstruction
-from tunemri.simulate import phantom, simulate
+from tunemri.simulate import phantom, sample, simulate
 
 SHAPE = (24, 19)
 THRESHOLDS = (-6.0, -2.0, -1.0, -0.5, -0.2, 0.0, 0.3, 40.0)
@@ -377,6 +377,37 @@ def test_the_diagonal_wins_for_a_method_that_solves_what_it_is_asked(objective):
     assert float(found.regret.max()) > 0.05
 
 
+def test_what_ships_does_what_it_is_asked():
+    """On a brain that it never saw, the setting asked for costs little; asked for the wrong way round, much."""
+    _, truth = sample()
+    cases = []
+    for i, (mask, acceleration) in enumerate((("poisson", 4.0), ("poisson", 8.0), ("cartesian-random", 4.0))):
+        pattern = make_mask(mask, tuple(truth.shape[1:]), acceleration, seed=i)
+        scan, x = simulate(truth.to(torch.complex64), mask=pattern, noise=0.01, seed=i)
+        cases.append(Case(name=mask, scan=scan, reference=x))
+    found = self_consistency(methods.load("hyper-brain"), cases, [{"ssim": t} for t in (0.0, 0.5, 1.0)])
+    assert float(found.regret.max()) < 0.06
+    assert float((found.regret * found.loss.amin(1)).sum() / (found.spread * found.loss.amin(1)).sum()) < 0.25
+    turned = dataclasses.replace(found, each=found.each.flip(2))
+    assert float(turned.regret.max()) > 0.2
+
+
+def test_chance_is_told_from_a_better_setting():
+    """Twelve slices, of which each other one prefers the other setting; and twelve that agree."""
+    torch.manual_seed(0)
+    noise = 0.05 * torch.randn(12, 2, 2).double()
+    even = Consistency(settings=({"a": 0.0}, {"a": 1.0}), each=1 + noise)
+    assert not even.beaten.any()
+    better = torch.tensor([[0.0, -0.2], [-0.2, 0.0]]).double()
+    for logarithmic in (False, True):
+        wrong = Consistency(settings=even.settings, each=even.each + better, logarithmic=logarithmic)
+        assert wrong.beaten.all()
+        assert wrong.wins == 0
+        assert bool((wrong.spread == wrong.regret).all())
+        assert wrong.regret.tolist() == pytest.approx([0.25] * 2, abs=0.08)
+    assert not dataclasses.replace(wrong, each=wrong.each[:1]).beaten.any(), "one slice tells nothing"
+
+
 def test_rows_are_asked_and_columns_used():
     model, c = ideal()
     found = self_consistency(model, [c, c], [{"dc": 0.0}, {"dc": 1.0}])
@@ -440,7 +471,7 @@ def test_dice_along_a_dial_is_best_where_the_image_is_right():
 
 def pictures(land: Landscape) -> dict[str, Any]:
     line = landscape(Waves(), [case(0), case(1)], dials={"b": 5}, thresholds=THRESHOLDS)
-    matrix = Consistency(settings=tuple({"a": t} for t in (0.0, 0.5, 1.0)), loss=1 + 0.1 * torch.rand(3, 3).double())
+    matrix = Consistency(settings=tuple({"a": t} for t in (0.0, 0.5, 1.0)), each=1 + 0.1 * torch.rand(2, 3, 3).double())
     dots = [({"a": 0.2, "b": 0.1}, 0.5), ({"a": 1.0, "b": 1.0}, -1.0)]
     rows = [Row(dials={"a": a}, metrics={"dice": a, "dice_1": a, "dice_2": a}) for a in (0.1, 0.6, 0.4)]
     x = random((17, 30), seed=1)

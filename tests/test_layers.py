@@ -13,12 +13,12 @@ PACKAGE = Path(tunemri.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "cluster", "files", "fourier", "transforms", "masks", "trajectories", "metrics", "solvers"},
     {"nufft"},
-    {"regularisers", "losses", "scan", "networks"},
+    {"regularisers", "losses", "scan", "networks", "cards"},
     {"operators", "formats"},
     {"coils", "simulate"},
     {"methods"},
     {"datasets", "training", "tuning", "evaluation", "landscape"},
-    {"adapters", "plots", "report", "console", "demo", "scoring", "cli", "viewer", "__main__"},
+    {"adapters", "plots", "report", "console", "demo", "scoring", "texts", "jobs", "cli", "viewer", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Within a row nobody imports a neighbour, but for these: errors serve all, training draws from datasets, a landscape
@@ -29,7 +29,12 @@ NEIGHBOURS = {
     ("report", "plots"),
     ("demo", "plots"),
     ("demo", "report"),
+    ("texts", "console"),
+    ("jobs", "console"),
+    ("jobs", "texts"),
     ("cli", "console"),
+    ("cli", "jobs"),
+    ("cli", "texts"),
     ("cli", "demo"),
     ("cli", "plots"),
     ("cli", "report"),

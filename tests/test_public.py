@@ -24,8 +24,8 @@ def test_the_table_of_contents_is_exactly_this():
     """A public name is a promise: adding or dropping one is a decision, made here and in the CHANGELOG."""
     assert sorted(CONTENTS) == sorted(
         """Dial MASKS METHODS METRICS READERS REGULARISERS Reconstruction Reconstructor Scan TERMS TRAJECTORIES
-        TunemriError WRITERS adapt bake choose encoding evaluate fit load make_mask range_basis read read_image reconstruct
-        sample save sensitivity simulate sweep view write""".split()
+        TunemriError WRITERS adapt bake choose encoding equal_steps evaluate fit load make_mask range_basis read read_image
+        reconstruct sample save sensitivity simulate sweep view write""".split()
     )
 
 

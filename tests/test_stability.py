@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws import relative
+from laws import random, relative
 from tunemri import cli, formats, methods
 from tunemri.errors import TunemriWarning
 from tunemri.evaluation import Contestant
@@ -124,6 +124,32 @@ def test_noise_beyond_training_is_warned_of_and_noise_within_is_borne(name):
     if "noise" in at(name).model.trained:
         assert decibels(name, noise=0.2)[1]
         assert not decibels(name)[1]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_of_noise_alone_no_anatomy_is_made(name):
+    """Without an object: nothing that looks like the one it knows, and less of the noise than least squares lets through."""
+    data, truth = scan()
+    nothing = replace(data, kspace=random(tuple(data.kspace.shape), seed=5) * (data.mask != 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TunemriWarning)
+        x, plain, least = (measure.image_of(nothing, at(n)).abs() for n in (name, "zero-filled", "sense"))
+    likeness = float(torch.corrcoef(torch.stack([x.flatten(), truth.abs().flatten()]))[0, 1])
+    print(
+        f"{name}: likeness {likeness:.2f}, gain {x.norm() / plain.norm():.2f}, CG-SENSE {least.norm() / plain.norm():.2f}"
+    )
+    assert abs(likeness) < 0.2
+    assert float(x.norm()) < 0.6 * float(least.norm())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_dial_turns_without_a_jump(name):
+    """Nine settings over its range: no neighbours differ by over 5 %."""
+    model = at(name).model
+    for dial in (key for key, d in model.dials.items() if not d.choices):
+        images = [reconstruct(scan()[0], model, **{dial: model.dials[dial].at(k / 8)}).image for k in range(9)]
+        steps = [relative(b, a) for a, b in zip(images, images[1:], strict=False)]
+        assert 0 < max(steps) < 0.05, (dial, steps)
 
 
 @every_method

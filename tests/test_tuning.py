@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from laws import relative
 from test_cli import run  # noqa: F401  the fixture
 from test_reconstructors import SMALL
 from tunemri import errors, methods, tuning
+from tunemri.evaluation import grid
 from tunemri.fourier import fft2
 from tunemri.masks import make_mask
 from tunemri.methods import METHODS, Dial, Reconstructor, reconstruct
@@ -25,6 +30,7 @@ from tunemri.operators import LinearOperator, NonCartesian
 from tunemri.scan import Reconstruction, Scan, select
 from tunemri.simulate import coil_maps, phantom, simulate
 from tunemri.trajectories import golden, readouts
+from tunemri.tuning.criteria import Asked, _hide_readouts, split
 
 
 def build(name: str) -> Reconstructor:
@@ -78,8 +84,8 @@ def quality(s: Scan, model: Reconstructor, truth: Tensor, dials: Any) -> float:
     return psnr(reconstruct(s, model, **dials).magnitude, truth.abs())
 
 
-def asked(*, splits: int, fraction: float) -> tuning._Asked:
-    return tuning._Asked(reference=None, metric="psnr", seed=0, splits=splits, fraction=fraction)
+def asked(*, splits: int, fraction: float) -> Asked:
+    return Asked(reference=None, metric="psnr", seed=0, splits=splits, fraction=fraction)
 
 
 every_dial = pytest.mark.parametrize("name", DIALLED)
@@ -241,7 +247,7 @@ class TestHiding:
             "rows": (torch.rand(h, 1, generator=g) < 0.5).float().expand(h, w),
             "columns": (torch.rand(1, w, generator=g) < 0.5).float().expand(h, w),
         }[lines]
-        kept, weight = tuning._split(mask[None], asked(splits=1, fraction=0.2), g)
+        kept, weight = split(mask[None], asked(splits=1, fraction=0.2), g)
         kept, weight = kept[0], weight[0]
         hidden = mask - kept[0]
         assert bool(((kept == 0) | (kept == 1)).all())
@@ -254,10 +260,27 @@ class TestHiding:
         if lines == "columns":
             assert bool((hidden == hidden[:1]).all())
 
+    @pytest.mark.parametrize("family", ["cartesian-random", "poisson"])
+    def test_the_splits_take_turns(self, family):
+        """Of few lines, none is hidden twice, and every split hides some that stand for a gap."""
+        mask = make_mask(family, (64, 60), 4.0, seed=0)
+        kept, weight = split(mask[None], asked(splits=5, fraction=0.19), torch.Generator().manual_seed(0))
+        hidden = mask - kept[:, 0]
+        assert float(hidden.sum(0).max()) == 1
+        assert bool((hidden.sum((1, 2)) > 0).all())
+        assert bool((weight.sum((1, 2)) > 0).all())
+        assert bool(((weight > 0) == (hidden > 0)).all()), "nothing is hidden that does not count"
+
+    def test_where_nothing_can_be_hidden_it_is_refused(self):
+        mask = torch.zeros(40, 40)
+        mask[19:22, 19:22] = 1
+        with pytest.raises(errors.BadOption, match="could be hidden"):
+            split(mask[None], asked(splits=1, fraction=0.1), torch.Generator())
+
     def test_the_weights_count_what_was_not_measured(self):
         mask = make_mask("poisson", (96, 96), 4.0, seed=0)
         g = torch.Generator().manual_seed(0)
-        total = float(tuning._split(mask[None], asked(splits=20, fraction=0.1), g)[1].sum()) / 20
+        total = float(split(mask[None], asked(splits=20, fraction=0.1), g)[1].sum()) / 20
         assert total == pytest.approx(float((1 - mask).sum()), rel=0.15)
 
 
@@ -289,7 +312,7 @@ class TestOffTheGrid:
         s, _ = spokes(20)
         assert s.trajectory is not None
         of = readouts(s.trajectory[0])
-        trials = tuning._hide_readouts(s, asked(splits=3, fraction=0.2), torch.Generator().manual_seed(0))
+        trials = _hide_readouts(s, asked(splits=3, fraction=0.2), torch.Generator().manual_seed(0))
         assert len(trials) == 3
         for trial in trials:
             seen, unseen = trial.y.shape[-1], trial.truth.shape[-1]
@@ -500,7 +523,169 @@ class TestWhereADialMatters:
         assert relative(found, sweep.amax(0) - sweep.amin(0)) < 1e-5
 
 
+class Growing(Reconstructor):
+    """x̂ = exp(3 aᵏ) Aᴴy: its relative change is 3 k aᵏ⁻¹ da, so that aᵏ would be the even slider."""
+
+    def __init__(self, k: float = 4.0) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(
+        self,
+        y: Tensor,
+        A: LinearOperator,
+        *,
+        a: Annotated[float, Dial(sentence="size", default=0.5)] = 0.5,
+        b: Annotated[float, Dial(sentence="tilt", default=1.0, lo=0.01, hi=1.0, scale="log")] = 1.0,
+    ) -> Reconstruction:
+        change = torch.as_tensor(3.0 * a**self.k + b).exp()
+        return Reconstruction(image=change * A.H(y), dials={"a": a, "b": b})
+
+
+class TestEqualSteps:
+    def test_the_slider_is_the_inverse_of_the_way_that_the_image_goes(self):
+        s, _ = head(shape=SHAPE)
+        model = Growing()
+        even = tuning.equal_steps(model, [s], dials=["a"])
+        for p in (0.0, 0.1, 0.37, 0.5, 0.93, 1.0):
+            assert even.dials["a"].at(p) == pytest.approx(p**0.25, abs=0.01)
+        before, after = (tuning.step_sizes(m, s, "a") for m in (model, even))
+        assert float(before.max() / before.min()) > 100
+        # The first knot lies 1/32 up the slider, where a⁴ is bent most.
+        assert float(after.max() / after.min()) < 2
+        assert float(after[2:].max() / after[2:].min()) < 1.1
+        assert not model.dials["a"].curve, "the model itself is as it was"
+
+    def test_a_logarithmic_dial_and_all_dials_at_once(self):
+        s, _ = head(shape=SHAPE)
+        even = tuning.equal_steps(Growing(1.0), [s])
+        assert set(even.curves) == {"a", "b"}
+        sizes = tuning.step_sizes(even, s, "b")
+        assert float(sizes.max() / sizes.min()) < 1.1
+        assert even.dials["b"].at(0.5) == pytest.approx(0.505, abs=0.01), "e^b changes as b does"
+        again = tuning.equal_steps(even, [s], dials=["a"])
+        assert again.dials["b"] == even.dials["b"], "only what was asked for"
+
+    @every_dial
+    def test_it_evens_every_method_out_and_changes_no_value(self, name):
+        s, _ = head(shape=SHAPE)
+        model = build(name)
+        dial = next(n for n, d in model.dials.items() if not d.choices)
+        even = tuning.equal_steps(model, [s], dials=[dial], most=33)
+        sizes = [tuning.step_sizes(m, s, dial, steps=8) for m in (model, even)]
+        ratio = [float(size.max() / size.min()) for size in sizes]
+        # The first iterates of TV jump where it takes another penalty: no slider spreads a jump.
+        assert ratio[1] < max(1.5, 0.8 * ratio[0])
+        value = model.dials[dial].at(0.3)
+        assert torch.equal(
+            reconstruct(s, even, **{dial: value}).image, reconstruct(s, model, **{dial: value}).image
+        )  # fmt: skip
+
+    def test_a_jump_is_found_and_stays_one_step(self):
+        s, _ = head(shape=SHAPE)
+        done: list[int] = []
+        even = tuning.equal_steps(
+            Growing(math.inf), [s], dials=["a"], progress=lambda now, total: done.append(now)
+        )  # aᵏ is 0, but for a = 1
+        assert len(done) < 30
+        assert even.dials["a"].at(0.5) > 0.99
+        assert int((tuning.step_sizes(even, s, "a", steps=8) > 0).sum()) == 1
+
+    def test_it_is_the_mean_over_scans(self):
+        scans = [head(shape=SHAPE, noise=noise)[0] for noise in (0.005, 0.05)]
+        alone = [tuning.equal_steps(methods.load("sense"), [s]).dials["lam"].at(0.5) for s in scans]
+        both = tuning.equal_steps(methods.load("sense"), scans).dials["lam"].at(0.5)
+        assert min(alone) < both < max(alone)
+
+    def test_it_lives_in_the_weights(self, tmp_path):
+        s, _ = head(shape=SHAPE)
+        model = build("hyperrecon")
+        even = tuning.equal_steps(model, [s])
+        methods.save(even, tmp_path / "even.safetensors")
+        back = methods.load(tmp_path / "even.safetensors")
+        assert back.dials == even.dials != model.dials
+        assert torch.equal(reconstruct(s, back, ssim=0.3).image, reconstruct(s, model, ssim=0.3).image)
+        assert methods.card(tmp_path / "even.safetensors")["dials"]["ssim"]["curve"][-1] == 1.0
+
+    @pytest.mark.parametrize(
+        "curve", [[0.0, 0.7, 0.3, 1.0], [0.1, 1.0], [0.0, "x", 1.0], [1.0], 3.0, [0.0, math.nan, 1.0]]
+    )
+    def test_a_curve_that_is_none_is_refused(self, tmp_path, curve):
+        even = build("hyperrecon")
+        methods.save(even, tmp_path / "even.safetensors")
+        tensors = safetensors.torch.load_file(tmp_path / "even.safetensors")
+        header = methods.card(tmp_path / "even.safetensors")
+        header["dials"]["ssim"]["curve"] = curve
+        del header["sha256"]
+        safetensors.torch.save_file(tensors, tmp_path / "bent.safetensors", {"tunemri": json.dumps(header)})
+        with pytest.raises(errors.WrongModel, match="header"):
+            methods.load(tmp_path / "bent.safetensors")
+
+    def test_all_that_follows_a_slider_follows_it(self):
+        s, truth = head(shape=SHAPE)
+        even = tuning.equal_steps(Growing(), [s], dials=["a"])
+        dial = even.dials["a"]
+        assert grid(dial, 5) == [0.0, 0.25, 0.5, 0.75, 1.0], "what is asked for in numbers stays"
+        size = reconstruct(s, even, a=0.8).magnitude
+        assert relative(tuning.sensitivity(even, s, {"a": 0.8}, "a").map, 3 * size) < 0.05
+        tried = [r["dials"]["a"] for r in tuning.choose(s, even, fixed={"b": 1.0}, points=5, refine=0).rows]
+        assert tried == [dial.at(p) for p in (0, 0.25, 0.5, 0.75, 1)]
+        basis = tuning.range_basis(even, s, dials=["a"], grid=5, most=5)
+        assert basis.axes[0] == pytest.approx([dial.at(p) for p in (0, 0.25, 0.5, 0.75, 1)])
+        exact = reconstruct(s, even, a=dial.at(0.75)).magnitude[0]
+        assert relative(basis.rebuild({"a": dial.at(0.75)}), exact) < 1e-4
+
+    def test_what_cannot_be_is_refused(self):
+        s, _ = head(shape=SHAPE)
+        with pytest.raises(errors.NoData, match="no scan"):
+            tuning.equal_steps(Growing(), [])
+        with pytest.raises(errors.BadOption, match="no dial with a range"):
+            tuning.equal_steps(methods.load("zero-filled"), [s])
+        with pytest.raises(errors.BadOption, match="the same all along"):
+            tuning.equal_steps(Growing(k=0), [s], dials=["a"])
+        with pytest.raises(errors.BadOption, match="at least 1"):
+            tuning.step_sizes(Growing(), s, "a", steps=0)
+
+
+@given(
+    st.sampled_from(["linear", "log"]),
+    st.lists(st.floats(0.01, 10), min_size=2, max_size=12),
+    st.lists(st.floats(0, 1), min_size=2, max_size=6),
+)
+def test_a_slider_and_its_inverse(scale, increments, places):
+    knots = tuple(itertools.accumulate(increments))
+    dial = Dial(sentence="s", default=knots[0], lo=knots[0], hi=knots[-1], scale=scale, curve=knots)
+    values = [dial.at(p) for p in sorted(places)]
+    assert values == sorted(values)
+    for p in places:
+        assert dial.position(dial.at(p)) == pytest.approx(p, abs=1e-6)
+    for i, knot in enumerate(knots):
+        assert dial.at(i / (len(knots) - 1)) == pytest.approx(knot)
+        assert dial.position(knot) == pytest.approx(i / (len(knots) - 1))
+    p = (0.5 + int(places[0] * 0.999 * (len(knots) - 1))) / (len(knots) - 1)  # in the middle of a piece
+    difference = (dial.at(p + 1e-6) - dial.at(p - 1e-6)) / 2e-6
+    assert dial.slope(dial.at(p)) == pytest.approx(difference, rel=1e-4)
+
+
 class TestCommand:
+    def test_equalise_writes_weights_that_load(self, run, file):  # noqa: F811
+        methods.save(build("hyperrecon"), "small.safetensors", {"summary": "small"})
+        done = run("equalise", "small.safetensors", file, "-o", "even.safetensors", "--json")
+        assert done.code == 0, done.err
+        dial = methods.load("even.safetensors").dials["ssim"]
+        assert list(dial.curve) == done.json["curves"]["ssim"]
+        made = methods.card("even.safetensors")["recipe"]
+        assert made["summary"] == "small"
+        assert made["equalised"]["dials"] == ["ssim"]
+        swept = run("sweep", file, "-m", "even.safetensors", "--grid", "ssim=0:1:5", "-o", "swept", "--json")
+        assert swept.code == 0, swept.err
+        rows = (file.parent / "swept" / "table.csv").read_text().splitlines()
+        at = rows[0].split(",").index("dial_ssim")
+        assert [float(r.split(",")[at]) for r in rows[1:]] == pytest.approx([dial.at(i / 4) for i in range(5)])
+        assert run("equalise", "small.safetensors", file, "-o", "even.safetensors").code == 2
+        assert run("equalise", "small.safetensors", file, "-o", "even.h5").code == 2
+        assert "ssim" in run("equalise", "small.safetensors", file, "--dial", "sim", "-o", "x.safetensors").errors[0]
+
     @pytest.fixture
     def file(self, run, tmp_path):  # noqa: F811
         np.save("image.npy", phantom((48, 40), seed=1)[None].numpy())

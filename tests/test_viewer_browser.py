@@ -28,7 +28,7 @@ from tunemri.evaluation import Contestant
 from tunemri.methods import Dial, Reconstructor, reconstruct
 from tunemri.scan import Reconstruction
 from tunemri.simulate import phantom
-from tunemri.viewer import Session, export
+from tunemri.viewer import Session, export, server
 
 sync_playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").sync_playwright
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,6 +50,33 @@ def file(tmp_path_factory) -> Path:
     truth = torch.stack([phantom(SHAPE, seed=b) for b in range(SLICES)]).to(torch.complex64)
     formats.write(path, scan(SHAPE, coils=2, slices=SLICES, noise=0.02), reference=truth)
     return path
+
+
+def test_a_slider_of_the_page_is_the_dial(browser):
+    """Linear, logarithmic and measured sliders, both ways, to the four digits that the page rounds to."""
+    dials = [
+        Dial(sentence="s", default=0.5),
+        Dial(sentence="s", default=0.5, curve=(0.0, 0.02, 0.3, 1.0)),
+        Dial(sentence="s", default=1.0, lo=0.001, hi=10.0, scale="log"),
+        Dial(sentence="s", default=1.0, lo=0.001, hi=10.0, scale="log", curve=(0.001, 0.5, 0.7, 1.2, 10.0)),
+    ]
+    places = [0.0, 0.1, 0.25, 0.4, 0.5, 0.77, 1.0]
+    script = (Path(server.__file__).parent / "static" / "viewer.js").read_text(encoding="utf-8")
+    page = browser.new_page()
+    page.goto("about:blank")
+    values, back = page.evaluate(
+        """async ([script, dials, places]) => {
+            const m = await import(URL.createObjectURL(new Blob([script], {type: "text/javascript"})));
+            const values = dials.map(d => places.map(p => m.valueAt(d, p)));
+            return [values, dials.map((d, i) => values[i].map(v => m.position(d, v)))];
+        }""",
+        [script, [dial.as_dict() for dial in dials], places],
+    )
+    for dial, row, where in zip(dials, values, back, strict=True):
+        assert row == pytest.approx([dial.at(p) for p in places], rel=1e-3)
+        assert where == pytest.approx([dial.position(v) for v in row], abs=1e-6)
+        assert where == pytest.approx(places, abs=1e-3)
+    page.close()
 
 
 def run(*words: object) -> None:

@@ -47,6 +47,7 @@ _CONTENTS = {
     "choose": "tuning",
     "range_basis": "tuning",
     "sensitivity": "tuning",
+    "equal_steps": "tuning",
     "fit": "training",
     "bake": "methods.hyperrecon",
     "view": "viewer",

@@ -7,7 +7,6 @@ errors become, is in `console`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -19,14 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from . import __version__, console, errors, files
+from . import __version__, console, errors, files, jobs, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .evaluation import Case, Contestant
     from .methods import Reconstructor
-    from .scan import Geometry, Reconstruction, Scan
     from .viewer import Session
 
 __all__ = ["app", "main"]
@@ -42,16 +39,7 @@ app = typer.Typer(
 )
 
 
-def _resolved(path: Path | None) -> Path | None:
-    """The file that a name stands for: BART's pairs go by a name without suffix, too."""
-    if path is None or (path.suffix != ".hdr" and os.path.exists(path)):
-        return path
-    from . import formats
-
-    return formats.resolve(path)
-
-
-ScanArgument = Annotated[Path, Argument(metavar="SCAN", help="any readable k-space file", callback=_resolved)]
+ScanArgument = Annotated[Path, Argument(metavar="SCAN", help="any readable k-space file", callback=texts.resolved)]
 Model = Annotated[
     str, Option("-m", "--model", metavar="MODEL", help="bundled name, .safetensors file, or method[:dial=value]")
 ]
@@ -147,7 +135,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def info(
-    file: Annotated[Path, Argument(metavar="FILE", help="scan, image or weights", callback=_resolved)],
+    file: Annotated[Path, Argument(metavar="FILE", help="scan, image or weights", callback=texts.resolved)],
     as_json: AsJson = False,
 ) -> None:
     """Say what is in a file, and what can and cannot be done with it."""
@@ -187,7 +175,7 @@ def info(
 
 @app.command()
 def convert(
-    source: Annotated[Path, Argument(metavar="IN", help="any readable scan or image", callback=_resolved)],
+    source: Annotated[Path, Argument(metavar="IN", help="any readable scan or image", callback=texts.resolved)],
     output: Output,
     slices: Slices = None,
     overwrite: Overwrite = False,
@@ -196,9 +184,9 @@ def convert(
     """Save a scan or an image in another format, with mask, maps, trajectory, reference and geometry where it has them."""
     from . import formats
 
-    _check_output(output, source, overwrite)
+    texts.check_output(output, source, overwrite)
     formats.check_writable(output, overwrite=overwrite)
-    cut = _slices(slices)
+    cut = texts.as_slice(slices)
     # A complex array without a header may be either: what an image's format is asked of is taken for one.
     what = formats.read_either(source, slices=cut, prefer="scan" if formats.holds_scans(output) else "image")
     formats.check_writable(output, what, overwrite=overwrite)
@@ -223,7 +211,7 @@ def convert(
 
 @app.command()
 def simulate(
-    image: Annotated[Path, Argument(metavar="IMAGE", help="any readable image or volume", callback=_resolved)],
+    image: Annotated[Path, Argument(metavar="IMAGE", help="any readable image or volume", callback=texts.resolved)],
     output: Output,
     mask: Annotated[str, Option("--mask", metavar="NAME|FILE", help="mask family (see `tunemri masks`) or a 0/1 file")],
     acceleration: Annotated[float, Option("--acceleration", "-R", help="grid points per sample")] = 4.0,
@@ -243,11 +231,11 @@ def simulate(
     from .datasets import sampling_mask
     from .simulate import simulate as simulated
 
-    _check_output(output, image, overwrite)
+    texts.check_output(output, image, overwrite)
     formats.check_writable(output, overwrite=overwrite)
     if output.suffix != ".h5":
         raise errors.BadOption("a simulated scan goes into .h5, with mask and truth", file=output, key="output")
-    picture = formats.read_image(image, slices=_slices(slices), prefer="reference")
+    picture = formats.read_image(image, slices=texts.as_slice(slices), prefer="reference")
     shape = (picture.data.shape[-2], picture.data.shape[-1])
     options = {"phase_axis": phase_axis, "center_fraction": center_fraction}
     pattern = sampling_mask(mask, shape, acceleration, seed, {k: v for k, v in options.items() if v is not None})
@@ -308,13 +296,13 @@ def recon(
     from .coils import MAPS
 
     if address is None:
-        _device(device)
-    earlier: dict[str, Any] = _read_sidecar(source) if source else {}
+        texts.check_device(device)
+    earlier: dict[str, Any] = texts.read_sidecar(source) if source else {}
     if source and not scans and "scan" in earlier:
-        scans = [_beside(Path(earlier["scan"]), source)]
+        scans = [texts.beside(Path(earlier["scan"]), source)]
     if not scans:
         raise errors.BadOption("no scan named", key="SCAN", help="tunemri recon SCAN -m MODEL -o OUT")
-    scans = [_resolved(scan) or scan for scan in scans]
+    scans = [texts.resolved(scan) or scan for scan in scans]
     if model is None:
         model = earlier.get("model")
     if model is None:
@@ -328,25 +316,25 @@ def recon(
     slices = earlier.get("slice") if slices is None else slices
     if csm is None:
         csm = str(earlier.get("csm", "espirit"))
-        csm = csm if source is None or csm in MAPS else str(_beside(Path(csm), source))
-    asked = _Asked(
+        csm = csm if source is None or csm in MAPS else str(texts.beside(Path(csm), source))
+    asked = jobs.Asked(
         model=model, earlier=json.dumps(earlier), settings=tuple(settings or ()), csm=csm, reference=reference,
         slices=slices, seed=seed, extrapolate=extrapolate, device=device, overwrite=overwrite,
     )  # fmt: skip
-    _contestant_of.cache_clear()
+    jobs.contestant_of.cache_clear()
     chosen = (
         asked if address is None else dataclasses.replace(asked, device="cpu")
     ).contestant  # fails before any work
     if address is not None:
         # Outputs are checked here: what a worker has made, another may have to make again.
-        asked = dataclasses.replace(asked, overwrite=True, model_sha256=_model_hash(chosen.name))
+        asked = dataclasses.replace(asked, overwrite=True, model_sha256=texts.model_hash(chosen.name))
     many = len(scans) > 1 or output.is_dir()
     if many and not output.is_dir() and output.suffix:
         raise errors.BadOption(f"{len(scans)} scans and one file", file=output, help="name a folder, without suffix")
     if many and not (overwrite or resume) and (output / "summary.json").exists():
         raise errors.BadOption("exists already", file=output / "summary.json", help="another folder, or --overwrite")
-    jobs = [(scan, output / f"{_stem(scan)}.h5" if many else output) for scan in scans]
-    targets = [target for _, target in jobs]
+    planned = [(scan, output / f"{texts.stem(scan)}.h5" if many else output) for scan in scans]
+    targets = [target for _, target in planned]
     if len(set(targets)) < len(targets):
         raise errors.BadOption(
             "two scans have the same file name", file=output, help="reconstruct them into different folders"
@@ -357,33 +345,33 @@ def recon(
     done: dict[int, dict[str, Any]] = {}
     refused: dict[int, dict[str, Any]] = {}
     taken: list[int] = []
-    units: list[_Job] = []
+    units: list[jobs.Job] = []
 
     def refuse(index: int, error: Exception) -> None:
         known = console.as_error(error)
         if known is None or not many:
             raise error
         console.say(console.error_line(known))
-        refused[index] = {"scan": str(jobs[index][0]), **console.describe(known)}
+        refused[index] = {"scan": str(planned[index][0]), **console.describe(known)}
 
-    for index, (scan, target) in enumerate(jobs):
+    for index, (scan, target) in enumerate(planned):
         try:
-            if many and resume and (facts := _done_before(scan, target, asked)) is not None:
+            if many and resume and (facts := jobs.done_before(scan, target, asked)) is not None:
                 done[index] = facts
                 continue
             if address is not None:
-                _check_recon(scan, target, overwrite)
+                jobs.check(scan, target, overwrite)
             taken.append(index)
-            units.append(_Job(scan=scan, target=target, asked=asked))
+            units.append(jobs.Job(scan=scan, target=target, asked=asked))
         except Exception as error:
             refuse(index, error)
     how = f"{output}: the same command with --resume does the rest" if many else "nothing was written"
     with (
-        console.resumable(lambda: f"{len(done)} of {len(jobs)} scans done, {how}"),
+        console.resumable(lambda: f"{len(done)} of {len(planned)} scans done, {how}"),
         cluster.workers(address) as executor,
         console.progress("recon") as bar,
     ):
-        for number, (unit, outcome) in enumerate(cluster.each(_recon_one, units, executor), 1):
+        for number, (unit, outcome) in enumerate(cluster.each(jobs.run, units, executor), 1):
             if isinstance(outcome, Exception):
                 refuse(taken[unit], outcome)
             else:
@@ -394,7 +382,9 @@ def recon(
         if made:
             output.rmdir()
         _result(
-            {"ok": False, "done": [], "refused": _in_order(refused)}, as_json, f"{output}  0 of {len(jobs)} scans done"
+            {"ok": False, "done": [], "refused": _in_order(refused)},
+            as_json,
+            f"{output}  0 of {len(planned)} scans done",
         )
         raise typer.Exit(2)
     if many:
@@ -404,7 +394,7 @@ def recon(
         _result(
             summary,
             as_json,
-            f"{output}  {len(done)} of {len(jobs)} scans done" + (f", {len(refused)} refused" if refused else ""),
+            f"{output}  {len(done)} of {len(planned)} scans done" + (f", {len(refused)} refused" if refused else ""),
         )
         if refused:
             raise typer.Exit(1)
@@ -442,19 +432,19 @@ def sweep(
 
     from . import cluster, evaluation, plots
 
-    names = _metrics(metrics)
-    contestant = _contestant(model, {}, [], False)
-    data, truth = _load(scan, slices, csm, reference)
-    source = _Source(
+    names = texts.metric_names(metrics)
+    contestant = texts.contestant(model, {}, [], False)
+    data, truth = jobs.load(scan, slices, csm, reference)
+    source = jobs.Source(
         scan=scan,
         slices=slices,
         csm=csm,
         reference=reference,
-        digests=tuple(map(_digest, (scan, reference, Path(csm)))),
+        digests=tuple(map(jobs.digest_of, (scan, reference, Path(csm)))),
     )
     case = evaluation.Case(name="scan", scan=data, reference=truth, source=source)
     dials = contestant.model.dials
-    axes = _grid(grid or [], contestant.model) or dict.fromkeys(dials, 11)
+    axes = texts.axes_of(grid or [], contestant.model) or dict.fromkeys(dials, 11)
     fixed = {name: value for name, value in contestant.dials.items() if name not in axes}
     with (
         cluster.workers(address) as executor,
@@ -478,7 +468,7 @@ def sweep(
         best = {name: evaluation.choose_by_reference(rows, name) for name in names} if truth is not None else {}
         facts = {
             "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "model": model,
-            "model_sha256": _model_hash(model), "settings": len(rows), "grid": axes,
+            "model_sha256": texts.model_hash(model), "settings": len(rows), "grid": axes,
             "acceleration": data.acceleration, "rows": evaluation.records(rows),
             "best": {name: {"dials": row.dials, "value": row.metrics[name]} for name, row in best.items()},
         }  # fmt: skip
@@ -515,16 +505,16 @@ def choose(
 
     from . import tuning
 
-    _metrics(metric)
+    texts.metric_names(metric)
     if output is not None:
         if output.suffix != ".json":
             raise errors.BadOption(f"found suffix {output.suffix!r}, expected .json", file=output, key="output")
-        if any(files.same_file(output, path) for path in _files_of(scan)):
+        if any(files.same_file(output, path) for path in texts.files_of(scan)):
             raise errors.BadOption("output and input are the same file", file=output, help="name another output")
         files.check_target(output, overwrite=overwrite)
     torch.manual_seed(seed)
-    contestant = _contestant(model, {}, settings or [], False)
-    data, truth = _load(scan, slices, csm, reference)
+    contestant = texts.contestant(model, {}, settings or [], False)
+    data, truth = jobs.load(scan, slices, csm, reference)
     start = time.perf_counter()
     with console.progress("choose") as bar:
         choice = tuning.choose(
@@ -534,7 +524,7 @@ def choose(
     seconds = time.perf_counter() - start
     facts = {
         "ok": True, "out": None if output is None else str(output), "scan": str(scan), "scan_sha256": files.sha256(scan),
-        "model": model, "model_sha256": _model_hash(model), "dials": choice.dials, "by": by, "reason": choice.reason,
+        "model": model, "model_sha256": texts.model_hash(model), "dials": choice.dials, "by": by, "reason": choice.reason,
         "picks": [{"dials": pick} for pick in choice.picks], "tried": choice.rows, "csm": csm, "slice": slices, "seed": seed,
         "acceleration": data.acceleration, "provenance": data.provenance, "seconds": seconds,
     }  # fmt: skip
@@ -561,16 +551,16 @@ def compare(
     """Methods side by side on one scan: a picture strip, metrics under each image."""
     from . import evaluation, plots
 
-    names = _metrics(metrics)
+    names = texts.metric_names(metrics)
     if output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise errors.BadOption(
             f"found suffix {output.suffix!r}, expected .png, .pdf or .svg", file=output, key="output"
         )
-    _check_output(output, scan, overwrite)
+    texts.check_output(output, scan, overwrite)
     if len(set(model)) < len(model):
         raise errors.BadOption("the same method twice", key="model", help="give each its own setting: tv:lam=0.01")
-    contestants = [_contestant(text, {}, [], False) for text in model]
-    data, truth = _load(scan, slices, csm, reference)
+    contestants = [texts.contestant(text, {}, [], False) for text in model]
+    data, truth = jobs.load(scan, slices, csm, reference)
     case = evaluation.Case(name=scan.name, scan=data, reference=truth)
     with console.progress("compare") as bar:
         rows = evaluation.evaluate(contestants, [case], metrics=names, keep_images=True, progress=bar)
@@ -585,7 +575,7 @@ def compare(
         figure.save(folder / output.name)
         facts = {
             "ok": True, "out": str(output), "scan": str(scan), "scan_sha256": files.sha256(scan), "slice": middle,
-            "model_sha256": {text: _model_hash(text) for text in model}, "acceleration": data.acceleration,
+            "model_sha256": {text: texts.model_hash(text) for text in model}, "acceleration": data.acceleration,
             "rows": evaluation.records(rows),
         }  # fmt: skip
         console.sidecar(folder / output.name, facts, overwrite=False)
@@ -600,7 +590,9 @@ def view(
     scan: Annotated[
         Path | None,
         Argument(
-            metavar="[SCAN]", help="any readable k-space file; without one, the embedded sample", callback=_resolved
+            metavar="[SCAN]",
+            help="any readable k-space file; without one, the embedded sample",
+            callback=texts.resolved,
         ),
     ] = None,
     model: Annotated[
@@ -659,9 +651,9 @@ def export(
 
     if output.suffix.lower() not in (".html", ".htm"):
         raise errors.BadOption(f"found suffix {output.suffix!r}, expected .html", file=output, key="output")
-    _check_output(output, scan, overwrite)
+    texts.check_output(output, scan, overwrite)
     session = _session(scan, [model], csm=csm, reference=reference)
-    cut = _slices(slices)
+    cut = texts.as_slice(slices)
     index = len(session.scan) // 2 if cut is None else cut.start
     if index >= len(session.scan) or (cut is not None and cut.stop != index + 1):
         raise errors.BadOption(f"found {slices!r}, expected one of {len(session.scan)} slices", key="slice")
@@ -670,7 +662,7 @@ def export(
         facts = {
             "ok": True, "out": str(output), "out_sha256": files.sha256(folder / output.name),
             "scan": str(scan), "scan_sha256": files.sha256(scan),
-            "model": model, "model_sha256": _model_hash(model), "slice": index, "csm": csm, **facts,
+            "model": model, "model_sha256": texts.model_hash(model), "slice": index, "csm": csm, **facts,
         }  # fmt: skip
         console.sidecar(folder / output.name, facts, overwrite=False)
     worst = "exact" if facts["checked_db"] is None else f"{facts['checked_db']:.1f} dB"
@@ -752,7 +744,7 @@ def adapt(
         raise errors.BadOption(f"found suffix {output.suffix!r}, expected .safetensors", file=output, key="output")
     source = methods.bundled().get(model, Path(model))
     for path in (source, *scans):
-        _check_output(output, path, overwrite)
+        texts.check_output(output, path, overwrite)
     if reference and len(reference) != len(scans):
         raise errors.BadOption(f"found {len(reference)} for {len(scans)} scans", key="reference", help="one for each")
     if by not in (None, "reference", "heldout-kspace"):
@@ -762,7 +754,7 @@ def adapt(
     trained = methods.load(model)
     start = time.perf_counter()
     truths_given: list[Path | None] = [*reference] if reference else [None] * len(scans)
-    loaded = [_load(s, slices, csm, r) for s, r in zip(scans, truths_given, strict=True)]
+    loaded = [jobs.load(s, slices, csm, r) for s, r in zip(scans, truths_given, strict=True)]
     truths = [truth for _, truth in loaded if truth is not None]
     if by == "reference" and len(truths) < len(scans):
         raise errors.NoData(
@@ -796,6 +788,53 @@ def adapt(
         }  # fmt: skip
         console.sidecar(file, facts, overwrite=False)
     _result(facts, as_json, f"{output}  {found.by}: {gain}  {facts['seconds']:.1f} s")
+
+
+@app.command()
+def equalise(
+    model: Annotated[str, Argument(metavar="MODEL", help="bundled name, or a .safetensors file")],
+    scans: Annotated[list[Path], Argument(metavar="SCAN...", help="typical scans; several")],
+    output: Annotated[Path, Option("-o", "--output", metavar="NEW.safetensors", help="the weights to write")],
+    dial: Annotated[
+        list[str] | None, Option("--dial", help="repeatable; whose slider; default: of all dials with a range")
+    ] = None,
+    csm: Csm = "espirit",
+    slices: Slices = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Space the sliders of a model anew: equal steps make an equal visible change; every value keeps its image."""
+    import time
+
+    from . import methods, tuning
+
+    if output.suffix != ".safetensors":
+        raise errors.BadOption(f"found suffix {output.suffix!r}, expected .safetensors", file=output, key="output")
+    source = methods.bundled().get(model, Path(model))
+    for path in (source, *scans):
+        texts.check_output(output, path, overwrite)
+    trained = methods.load(model)
+    start = time.perf_counter()
+    loaded = [jobs.load(path, slices, csm, None)[0] for path in scans]
+    with console.progress("equalise") as bar:
+        even = tuning.equal_steps(trained, loaded, dials=dial or None, csm=csm, progress=bar)
+    curves = {name: list(d.curve) for name, d in even.dials.items() if d.curve}
+    made = {
+        "dials": dial or list(curves), "model_sha256": files.sha256(source),
+        "scans_sha256": [files.sha256(path) for path in scans],
+    }  # fmt: skip
+    recipe = methods.card(source)["recipe"]
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        file = folder / output.name
+        methods.save(even, file, {**recipe, "equalised": made})
+        facts = {
+            "ok": True, "out": str(output), "out_sha256": files.sha256(file), "model": model,
+            "scans": [str(path) for path in scans], "csm": csm, "slice": slices, "curves": curves, **made,
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        console.sidecar(file, facts, overwrite=False)
+    middle = _words({name: even.dials[name].at(0.5) for name in made["dials"]})
+    _result(facts, as_json, f"{output}  the middle of the slider is now {middle}  {facts['seconds']:.1f} s")
 
 
 @app.command()
@@ -856,14 +895,14 @@ def evaluate(
     """Score methods on images that are undersampled here: table.md, rows.csv, curves, landscapes and report.html."""
     from . import cluster, scoring
 
-    gates = dict(_pair(text, "fail-under") for text in fail_under or [])
-    names = _metrics(metrics, *gates)
-    contestants = [_contestant(text, {}, [], False) for text in model]
+    gates = dict(texts.as_pair(text, "fail-under") for text in fail_under or [])
+    names = texts.metric_names(metrics, *gates)
+    contestants = [texts.contestant(text, {}, [], False) for text in model]
     plan = scoring.Plan(
         folder=data, sources=tuple(sources.split(",")) if sources else (), limit=limit, coils=coils, noise=noise,
         seed=seed, masks=tuple(masks or ["poisson:4"]),
     )  # fmt: skip
-    levels = tuple(_number(text, "thresholds") for text in (thresholds or "").split(",") if text)
+    levels = tuple(texts.as_number(text, "thresholds") for text in (thresholds or "").split(",") if text)
     if not landscape and (levels or state):
         raise errors.BadOption(
             "--thresholds and --state belong to a landscape", key="landscape", help="--landscape 100"
@@ -883,10 +922,11 @@ def evaluate(
             executor=executor, progress=bar,
         )  # fmt: skip
         means = scoring.means(rows, contestants[0].name, names)
-        failed = scoring.below(means, {name: _number(value, name) for name, value in gates.items()})
+        failed = scoring.below(means, {name: texts.as_number(value, name) for name, value in gates.items()})
         facts = {
             "ok": not failed, "out": str(output), "plan": dataclasses.asdict(plan), "models": model,
-            "model_sha256": {text: _model_hash(text) for text in model}, "means": means, "summary": scoring.summary(rows), "failed": failed,
+            "model_sha256": {text: texts.model_hash(text) for text in model}, "means": means,
+            "summary": scoring.summary(rows), "failed": failed,
         }  # fmt: skip
         console.sidecar(folder / "evaluate", facts, overwrite=False)
     _result(facts, as_json, f"{text}\n{output / 'report.html'}")
@@ -938,208 +978,8 @@ def masks(name: Annotated[str | None, Argument(metavar="[NAME]")] = None, as_jso
 # ---------------------------------------------------------------- what the commands share
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What `recon` is asked to do with every scan; plain values, for the workers of a cluster."""
-
-    model: str
-    earlier: str
-    settings: tuple[str, ...]
-    csm: str
-    reference: Path | None
-    slices: str | None
-    seed: int
-    extrapolate: bool
-    device: str
-    overwrite: bool
-    model_sha256: str | None = None
-
-    @property
-    def contestant(self) -> Contestant:
-        """The method with its setting, loaded once."""
-        return _contestant_of(self)
-
-
-@functools.lru_cache(maxsize=2)
-def _contestant_of(asked: _Asked) -> Contestant:
-    _device(asked.device)
-    earlier = json.loads(asked.earlier).get("dials", {})
-    contestant = _contestant(asked.model, earlier, list(asked.settings), asked.extrapolate)
-    if asked.model_sha256 not in (None, _model_hash(contestant.name)):
-        raise errors.WrongModel(
-            "not the weights that were named", file=asked.model, key="cluster", help="workers must see the same files"
-        )
-    contestant.model.to(asked.device)
-    return contestant
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One scan of `recon`."""
-
-    scan: Path
-    target: Path
-    asked: _Asked
-
-
 def _in_order(found: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return [found[index] for index in sorted(found)]
-
-
-def _check_recon(scan: Path, target: Path, overwrite: bool) -> None:
-    """Refuse what could not be written, before any work."""
-    from . import formats
-
-    _check_output(target, scan, overwrite)
-    formats.check_writable(target, overwrite=overwrite)
-
-
-def _recon_one(job: _Job) -> dict[str, Any]:
-    """Reconstruct one scan, some of its slices at a time, and write it with its record."""
-    import itertools
-
-    import torch
-
-    from . import formats
-    from .fourier import crop
-    from .scan import joined, without_image
-
-    asked, scan, target = job.asked, job.scan, job.target
-    chosen, earlier = asked.contestant, json.loads(asked.earlier)
-    _check_recon(scan, target, asked.overwrite)
-    hashes = {"scan": files.sha256(files.check(scan)), "model": _model_hash(chosen.name)}
-    for what, digest in hashes.items():
-        if earlier.get(f"{what}_sha256", digest) != digest:
-            errors.warn(f"the {what} is not the one of the sidecar: the image will differ", "note")
-    torch.manual_seed(asked.seed)  # for each scan, so that it does not depend on those before it
-    parts: list[_Slices] = []
-    compared: list[tuple[Tensor, Tensor]] = []
-
-    def made() -> Iterator[Reconstruction]:
-        for part in _in_parts(scan, asked):
-            # What is judged stays until the end, because a metric belongs to a whole volume; all else can go.
-            if part.truth is not None:
-                compared.append((crop(part.out.image, part.truth.shape[-2:]), part.truth))
-            parts.append(dataclasses.replace(part, out=without_image(part.out), truth=None))
-            yield part.out
-
-    pieces: Iterator[Reconstruction] = made()
-    pieces = itertools.chain([next(pieces)], pieces)  # a scan that is at fault is refused before anything is written
-    total = parts[0].total
-    with files.write_with_record(target, overwrite=asked.overwrite) as folder:
-        result = folder / target.name
-        notes = formats.write_pieces(result, pieces, slices=total, geometry=parts[0].geometry)
-        out = joined([part.out for part in parts])
-        scores = _scores(*(torch.cat(side) for side in zip(*compared, strict=True))) if compared else {}
-        if out.status != "converged":
-            errors.warn(f"{scan}: not converged: {out.status}")
-        over = out.stats.get("residual_over_noise")
-        if over and max(over) > _MISFIT and chosen.model.dials:  # without a dial nobody asked for a fit
-            errors.warn(
-                f"{scan}: the image misses the data by {max(over):.2g} times their noise: a strong setting, or wrong coil maps"
-            )
-        facts = {
-            "ok": True, "out": str(target), "out_sha256": files.sha256(result), "scan": str(scan), "scan_sha256": hashes["scan"],
-            "model": chosen.name, "model_sha256": hashes["model"], "dials": dict(out.dials), "csm": asked.csm,
-            "slice": asked.slices, "seed": asked.seed, "extrapolate": asked.extrapolate, "device": asked.device,
-            "shape": [total, *out.image.shape[1:]], "coils": parts[0].coils, "provenance": out.provenance,
-            "acceleration": total / sum(part.slices / part.acceleration for part in parts),
-            "scale": out.stats.get("scale"), "certificate": out.stats.get("certificate"),
-            "residual": None if out.residual is None else float(out.residual.mean()), "residual_over_noise": over,
-            "status": out.status, "metrics": scores, "seconds": sum(part.seconds for part in parts), **notes,
-        }  # fmt: skip
-        console.sidecar(result, facts, overwrite=False)
-    return facts
-
-
-_MISFIT = 3.0  # times the noise: what methods leave at settings that they suggest is below, see benchmarks/stability.py
-_PART = 2**26  # bytes of k-space that `recon` reads and reconstructs at a time
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Slices:
-    """Some slices of a scan, reconstructed, and what the record says of them; `total`: how many there are in all."""
-
-    out: Reconstruction
-    truth: Tensor | None
-    geometry: Geometry
-    total: int
-    slices: int
-    coils: int
-    acceleration: float
-    seconds: float
-
-
-def _in_parts(scan: Path, asked: _Asked) -> Iterator[_Slices]:
-    """The reconstruction of a scan in parts of `_PART` bytes of k-space, where its file can be read so.
-
-    Maps or a reference from another file keep it whole: which of their slices belongs to which is told by counting all.
-    """
-    import time
-
-    import torch
-
-    from . import formats
-    from .coils import MAPS
-    from .methods import reconstruct
-    from .scan import Reconstruction
-
-    chosen = asked.contestant
-    shape = formats.volume_shape(scan) if asked.csm in MAPS and asked.reference is None else None
-    texts, total, dark = [asked.slices], None, 0
-    if shape is not None:
-        rows = range(shape[0])[_slices(asked.slices) or slice(None)]
-        size = max(1, _PART // (8 * shape[1] * shape[2] * shape[3]))
-        if len(rows) > size:
-            total = len(rows)
-            texts = [f"{k}:{min(k + size, rows.stop)}" for k in range(rows.start, rows.stop, size)]
-    for text in texts:
-        data, truth = _load(scan, text, asked.csm, asked.reference)
-        start = time.perf_counter()
-        if bool(data.kspace.any()) or dark + len(data) == (total or len(data)):
-            way = "joint" if asked.csm == "joint" else "espirit"  # other maps are in the scan by now
-            out = reconstruct(
-                data.to(asked.device), chosen.model, csm=way, extrapolate=asked.extrapolate, **chosen.dials
-            )
-            out = dataclasses.replace(out, image=out.image.cpu())
-        else:
-            # No signal in these slices, as at the ends of a volume: they have no image. All of them dark are refused above.
-            dark += len(data)
-            image, ones = torch.zeros((len(data), *data.image_shape), dtype=torch.complex64), torch.ones(len(data))
-            out = Reconstruction(
-                image=image, residual=0 * ones, stats={"scale": ones.tolist()}, provenance=data.provenance
-            )
-        part = _Slices(
-            out=out, truth=truth, geometry=data.geometry, total=total or len(data), slices=len(data), coils=data.coils,
-            acceleration=data.acceleration, seconds=time.perf_counter() - start,
-        )  # fmt: skip
-        del data, out, truth  # not beside the next slices
-        yield part
-        del part
-
-
-def _done_before(scan: Path, target: Path, asked: _Asked) -> dict[str, Any] | None:
-    """The record of an output that is there, whole, and just what is asked for; None where it is to be made.
-
-    Raises:
-        BadOption: it was made of something else.
-    """
-    record = console.sidecar_path(target)
-    if not target.exists() or not record.exists():
-        return None
-    facts = _read_sidecar(record)
-    chosen = asked.contestant
-    wanted = {
-        "out_sha256": files.sha256(target), "scan_sha256": files.sha256(scan), "model": chosen.name,
-        "model_sha256": _model_hash(chosen.name), "dials": {**facts["dials"], **chosen.dials}, "csm": asked.csm,
-        "slice": asked.slices, "seed": asked.seed, "extrapolate": asked.extrapolate,
-    }  # fmt: skip
-    differs = [name for name, value in console.plain(wanted).items() if facts.get(name) != value]
-    if differs:
-        raise errors.BadOption(
-            f"made with another {', '.join(differs)}", file=target, key="resume", help="--overwrite, or another folder"
-        )
-    return facts
 
 
 @contextmanager
@@ -1162,26 +1002,14 @@ def _session(scan: Path | None, model: list[str], *, csm: str, reference: Path |
     from . import viewer
 
     path = Path(str(importlib.resources.files("tunemri") / "sample" / "brain.h5")) if scan is None else scan
-    contestants = [_contestant(text, {}, [], False) for text in model]
-    data, truth = _load(path, None, csm, reference)
+    contestants = [texts.contestant(text, {}, [], False) for text in model]
+    data, truth = jobs.load(path, None, csm, reference)
     digest = files.sha256(path)
     return viewer.Session(
-        data, contestants, reference=truth, title=path.name if scan is not None else "the embedded sample",
-        source=viewer.Source(path=str(path), sha256=digest, csm=csm), hashes={c.name: _model_hash(c.name) for c in contestants},
+        data, contestants, reference=truth, title=console.one_line(path.name) if scan is not None else "the embedded sample",
+        source=viewer.Source(path=console.plain(path), sha256=digest, csm=csm),
+        hashes={c.name: texts.model_hash(c.name) for c in contestants},
     )  # fmt: skip
-
-
-def _scores(image: Tensor, truth: Tensor) -> dict[str, float]:
-    """The metrics that can be had; SSIM needs a few pixels."""
-    from .metrics import score
-
-    found: dict[str, float] = {}
-    for name in ("psnr", "ssim", "nmse", "mae", "hfen"):
-        try:
-            found |= score(image, truth, [name])
-        except errors.UnsupportedLayout as error:
-            errors.warn(f"no {name}: {error.what}")
-    return found
 
 
 def _recon_line(facts: dict[str, Any]) -> str:
@@ -1197,148 +1025,6 @@ def _like(image: Tensor, truth: Tensor | None) -> Tensor:
     return image if truth is None else crop(image, truth.shape[-2:])
 
 
-def _load(path: Path, slices: str | None, csm: str, reference: Path | None) -> tuple[Scan, Tensor | None]:
-    """A scan with coil maps, and its ground truth where one is named or lies in the file itself."""
-    from . import coils, formats
-    from .methods import prepare
-
-    cut = _slices(slices)
-    scan = formats.read(path, slices=cut)
-    if scan.coils > 1 or csm not in coils.MAPS:
-        if csm in coils.MAPS:
-            # Estimated here, once, for all that is done with this scan.
-            scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
-        elif csm != "joint":  # those are found with the image
-            scan = _with_maps(scan, csm, cut)
-    truth = (
-        formats.read_reference(path, slices=cut)
-        if reference is None
-        else formats.read_image(reference, slices=None, prefer="reference").data
-    )
-    if truth is not None and reference is not None and cut is not None and len(truth) != len(scan):
-        truth = truth[cut]
-    if (
-        truth is not None
-        and reference is not None
-        and (len(truth) != len(scan) or any(a > b for a, b in zip(truth.shape[1:], scan.image_shape, strict=True)))
-    ):
-        raise errors.InconsistentShapes(
-            f"found {tuple(truth.shape)}, the reconstruction is {(len(scan), *scan.image_shape)}",
-            file=reference,
-            key="reference",
-        )
-    return scan, truth
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A scan by its name: what a worker of a cluster reads it of."""
-
-    scan: Path
-    slices: str | None
-    csm: str
-    reference: Path | None
-    digests: tuple[str | None, ...]
-
-    def __call__(self) -> Case:
-        from .evaluation import Case
-
-        for path, digest in zip((self.scan, self.reference, Path(self.csm)), self.digests, strict=True):
-            if path is not None and _digest(path) != digest:
-                raise errors.UnreadableFile(
-                    "not the file that was named", file=path, key="cluster", help="workers must see the same files"
-                )
-        data, truth = _load(self.scan, self.slices, self.csm, self.reference)
-        return Case(name="scan", scan=data, reference=truth)
-
-
-def _digest(path: Path | None) -> str | None:
-    return files.sha256(path) if path is not None and path.is_file() else None
-
-
-def _with_maps(scan: Scan, csm: str, cut: slice | None) -> Scan:
-    """The scan with the coil maps of a file."""
-    from . import coils, formats
-
-    path = formats.resolve(Path(csm))
-    if not csm.strip() or not path.exists():
-        raise errors.BadOption(f"found {csm!r}, no such file", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
-    maps = formats.read_maps(path)
-    maps = maps[cut] if cut is not None and len(maps) > len(scan) else maps
-    try:
-        return dataclasses.replace(scan, csm=maps.to(scan.kspace.dtype))
-    except errors.TunemriError as error:
-        error.file = path
-        raise
-
-
-def _contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapolate: bool) -> Contestant:
-    """MODEL[:dial=value,…] with the settings of a sidecar and of --set on top, all checked."""
-    from .evaluation import Contestant
-    from .methods import load
-
-    name, dials = text, {}
-    # A colon may also belong to a path: only `:key=value` at the end is a setting.
-    if "=" in text.rpartition(":")[2] and ":" in text and not Path(text).exists():
-        name, _, tail = text.rpartition(":")
-        dials = dict(_pair(part, "model") for part in tail.split(","))
-    # A sidecar's dials are what was used in the end, after whatever its model's text says.
-    dials = {**dials, **earlier, **dict(_pair(part, "set") for part in settings)}
-    model = load(name)
-    checked = model.check_dials(dials, extrapolate=extrapolate)
-    return Contestant(name=text, model=model, dials={key: checked[key] for key in dials}, source=name)
-
-
-def _model_hash(text: str) -> str | None:
-    from .cards import bundled
-
-    name = text.rpartition(":")[0] if "=" in text.rpartition(":")[2] else text
-    path = bundled().get(name, Path(name))
-    return files.sha256(path) if path.is_file() else None
-
-
-def _pair(text: str, key: str) -> tuple[str, str]:
-    name, sign, value = text.partition("=")
-    if not sign or not name or not value:
-        raise errors.BadOption(f"found {text!r}, expected NAME=VALUE", key=key)
-    return name.strip(), value.strip()
-
-
-def _number(text: str, key: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise errors.BadOption(f"found {text!r}, expected a number", key=key) from None
-
-
-def _whole(text: str, key: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise errors.BadOption(f"found {text!r}, expected a whole number", key=key) from None
-
-
-def _grid(texts: list[str], model: Reconstructor) -> dict[str, Any]:
-    """`DIAL=START:STOP:N`, `DIAL=N` or `DIAL=V1,V2` → dial → values."""
-    from .evaluation import grid
-
-    axes: dict[str, Any] = {}
-    for text in texts:
-        name, value = _pair(text, "grid")
-        if name not in model.dials:
-            raise errors.BadOption("no such dial", key=name, help=errors.did_you_mean(name, model.dials))
-        dial, parts = model.dials[name], value.split(":")
-        if len(parts) == 3:
-            axes[name] = grid(dial, _whole(parts[2], name), _number(parts[0], name), _number(parts[1], name))
-        elif len(parts) == 1 and "," in value or dial.choices:
-            axes[name] = [v if dial.choices else _number(v, name) for v in value.split(",")]
-        elif len(parts) == 1:
-            axes[name] = grid(dial, _whole(value, name))
-        else:
-            raise errors.BadOption(f"found {text!r}, expected DIAL=START:STOP:N", key="grid")
-    return axes
-
-
 def _slice_through(rows: Any, dial: str) -> Any:
     """The rows along one dial, all other dials at their middle value."""
     others = {name for row in rows for name in row.dials} - {dial}
@@ -1347,90 +1033,6 @@ def _slice_through(rows: Any, dial: str) -> Any:
         for name in others
     }
     return [row for row in rows if all(row.dials[name] == value for name, value in middle.items())]
-
-
-def _metrics(text: str, *more: str) -> tuple[str, ...]:
-    from .metrics import known
-
-    names = tuple(dict.fromkeys([*(part.strip() for part in text.split(",") if part.strip()), *more]))
-    for name in names:
-        known(name)
-    return names
-
-
-def _slices(text: str | None) -> slice | None:
-    if text is None:
-        return None
-    start, colon, stop = str(text).partition(":")
-    first = _whole(start, "slice") if start else 0
-    last = (_whole(stop, "slice") if stop else None) if colon else first + 1
-    if first < 0 or (last is not None and last <= first):
-        raise errors.BadOption(f"found {text!r}, expected K or START:STOP with 0 ≤ START < STOP", key="slice")
-    return slice(first, last)
-
-
-def _device(name: str) -> None:
-    import torch
-
-    if name not in ("cpu", "cuda"):
-        raise errors.BadOption(f"found {name!r}", key="device", help="cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise errors.BadOption("no CUDA device here", key="device", help="--device cpu", exit_code=3)
-
-
-def _files_of(source: Path) -> list[Path]:
-    """The files behind a name: BART's pairs go by either half, or by neither suffix."""
-    pair = [source.with_suffix(suffix) for suffix in (".cfl", ".hdr")] if source.suffix in (".cfl", ".hdr") else []
-    return [source, *pair, *(source.parent / (source.name + suffix) for suffix in (".cfl", ".hdr"))]
-
-
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Refuse an output that could not be written, before any work."""
-    if any(files.same_file(output, path) for path in _files_of(source)):
-        raise errors.BadOption("output and input are the same file", file=output, help="name another output")
-    for path in (output, console.sidecar_path(output)):
-        files.check_target(path, overwrite=overwrite)
-
-
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    """The facts beside an output, or those of one pick: `picks.json#2` is the second, `picks.json` the first."""
-    name, mark, number = path.name.rpartition("#")
-    numbered = mark and not path.exists()
-    path = path.with_name(name) if numbered else path
-    files.check(path)
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if numbered:
-            facts = {**facts, **facts["picks"][_pick(number, len(facts["picks"]), path)]}
-        if not isinstance(facts, dict) or not isinstance(facts["model"], str) or not isinstance(facts["dials"], dict):
-            raise KeyError
-    except (ValueError, KeyError, TypeError):
-        raise errors.UnreadableFile(
-            "not a sidecar of `tunemri recon`, nor picks of `tunemri choose`", file=path,
-            help="use the OUT.json beside an output",
-        ) from None  # fmt: skip
-    return facts
-
-
-def _beside(path: Path, record: Path) -> Path:
-    """A file that a record names: as it stands, or else where the record lies, for whoever comes from another folder."""
-    tries = [path, record.parent / path, record.parent / path.name]
-    return next((p for p in (_resolved(t) or t for t in tries) if p.exists()), path)
-
-
-def _pick(text: str, count: int, path: Path) -> int:
-    number = _whole(text, "from")
-    if not 1 <= number <= count:
-        raise errors.BadOption(f"found #{number}, expected 1 to {count}", file=path, key="from")
-    return number - 1
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    for suffix in (".nii.gz", ".mrd.h5"):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return path.stem
 
 
 def _words(dials: Any) -> str:

@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -88,7 +89,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, *
 
 
 def listen() -> None:
-    """Show tunemri's warnings, each once, as one line; make SIGTERM end the program by the ordinary way out."""
+    """Show tunemri's warnings, each once, as one line, and any name; make SIGTERM end the program by the ordinary way out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that is no text, a terminal that knows ASCII alone
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", errors.TunemriWarning)
     _SHOWN.clear()

@@ -5,6 +5,7 @@ k-space made here from images is simulated, and whatever was trained or scored o
 
 from __future__ import annotations
 
+import csv
 import math
 import zipfile
 import zlib
@@ -26,7 +27,7 @@ from .operators import LinearOperator, encoding
 from .scan import Scan, normalise
 from .simulate import coil_maps
 
-__all__ = ["SOURCES", "Example", "Sampler", "load_images", "sampling_mask"]
+__all__ = ["SOURCES", "Example", "Sampler", "load_images", "sampling_mask", "subjects"]
 
 _SUFFIXES = (
     ".h5",
@@ -120,6 +121,35 @@ def load_images(folder: str | Path, sources: Sequence[str] = ()) -> dict[str, li
     if not any(images.values()):
         raise errors.NoData("no image found", file=folder, key="data", help=f"readable: {' '.join(_SUFFIXES)}")
     return images
+
+
+def subjects(folder: str | Path, images: Mapping[str, Sequence[Tensor]]) -> dict[str, list[str]]:
+    """Whose image each one is: slices of one subject are not independent, see `evaluation.paired`.
+
+    Arguments:
+        folder, images: as given to and as returned by `load_images`.
+
+    Returns:
+        for every source one name per image, from the folder's MANIFEST.csv; "" where that does not list the source.
+
+    Raises:
+        UnreadableFile: the manifest lists another number of images.
+    """
+    manifest = Path(folder) / "MANIFEST.csv"
+    listed: dict[str, list[str]] = {}
+    if manifest.is_file():
+        with manifest.open(newline="", encoding="utf-8") as f:
+            for row in csv.DictReader(f):
+                listed.setdefault(row.get("file", ""), []).append(row.get("subject") or "")
+    found = {}
+    for source, planes in images.items():
+        names = listed.get(SOURCES[source][0] if source in SOURCES else "", [""] * len(planes))
+        if len(names) != len(planes):
+            raise errors.UnreadableFile(
+                f"lists {len(names)} images of {source}, found {len(planes)}", file=manifest, help="copy it again"
+            )
+        found[source] = names
+    return found
 
 
 def _readable(paths: Sequence[Path]) -> list[Tensor]:

@@ -168,7 +168,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether a foreign exception says that memory ran out; torch has no class for it on every device."""
-    said = r"can't allocate memory|out of memory|unable to allocate|bad allocation"
+    said = r"can(?:'t|not) allocate memory|out of memory|unable to allocate|bad allocation|failed to map segment"
     return isinstance(error, MemoryError) or re.search(said, str(error), re.IGNORECASE) is not None
 
 

@@ -151,10 +151,12 @@ class Tuned:
 
 
 def grid(dial: Dial, n: int, start: float | None = None, stop: float | None = None) -> list[float | str]:
-    """n values of a dial, evenly spaced along its slider, both ends included.
+    """n values of a dial, evenly spaced as numbers, both ends included.
+
+    A grid is read as numbers, so a slider of equal steps (`Dial.curve`) does not move it.
 
     Arguments:
-        dial: whose range and slider (linear, log or measured, see `Dial`); a dial with choices gives all of them, whatever n.
+        dial: whose range and scale, linear or log; a dial with choices gives all of them, whatever n.
         n: how many; one alone is the default of the dial, or `start` if given.
         start, stop: narrower ends; None takes those of the dial.
 
@@ -163,6 +165,7 @@ def grid(dial: Dial, n: int, start: float | None = None, stop: float | None = No
     """
     if dial.choices:
         return list(dial.choices)
+    dial = replace(dial, curve=())
     if not 1 <= n <= 100_000:
         raise errors.BadOption(f"found {n} points, expected 1 to 100000", key="grid")
     lo = float(dial.check("grid", dial.lo if start is None else start))
@@ -638,18 +641,21 @@ def summarise(
     return out
 
 
-def paired(rows: Sequence[Row], a: str, b: str, metric: str = "psnr", *, seed: int = 0) -> dict[str, float]:
-    """How much contestant `a` is better than `b`, case by case.
+def paired(rows: Sequence[Row], a: str, b: str, metric: str = "psnr") -> dict[str, float]:
+    """How much contestant `a` is better than `b`, on the same cases, subject by subject.
+
+    Slices of one subject, and masks of one slice, are no independent witnesses: differences are averaged within each
+    subject first, and a subject counts once.
 
     Arguments:
-        rows: from `evaluate`, one setting per contestant.
+        rows: from `evaluate`, one setting per contestant; a label `subject` says whose scan it is. Where that is missing or
+            empty, every case counts as a subject of its own.
         a, b: names of contestants.
         metric: a key of METRICS; differences are turned so that positive means `a` is better.
-        seed: of the bootstrap.
 
     Returns:
-        n, mean, low and high (95 % bootstrap interval of the mean over 10,000 resamples of the cases),
-        wins (fraction of cases where `a` is better), p (Wilcoxon signed rank, two-sided; 1 where nothing differs).
+        n (subjects), mean, low and high (95 % interval of the mean by Student's t; infinite for one subject),
+        wins (fraction of subjects where `a` is better), p (Wilcoxon signed rank, two-sided; 1 where nothing differs).
 
     Raises:
         NoData: they share no case.
@@ -657,6 +663,7 @@ def paired(rows: Sequence[Row], a: str, b: str, metric: str = "psnr", *, seed: i
     """
     sign = 1 if known(metric).higher_is_better else -1
     values: dict[str, dict[tuple[str, ...], float]] = {a: {}, b: {}}
+    subjects: dict[tuple[str, ...], str] = {}
     for row in rows:
         if row.labels.get("model") in values and metric in row.metrics:
             key = tuple(f"{k}={v}" for k, v in row.labels.items() if k != "model")
@@ -666,20 +673,22 @@ def paired(rows: Sequence[Row], a: str, b: str, metric: str = "psnr", *, seed: i
                     f"{row.labels['model']!r} has several rows for one case", key="paired", help="choose one setting"
                 )
             mine[key] = row.metrics[metric]
+            subjects[key] = row.labels.get("subject") or "\n".join(key)
     shared = [key for key in values[a] if key in values[b]]
     if not shared:
         raise errors.NoData(f"{a!r} and {b!r} share no case with {metric}", key="paired")
-    d = sign * np.array([values[a][key] - values[b][key] for key in shared])
-    means = d[np.random.default_rng(seed).integers(0, len(d), (10_000, len(d)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    p = float(stats.wilcoxon(d).pvalue) if d.any() else 1.0
+    own: dict[str, list[float]] = {}
+    for key in shared:
+        own.setdefault(subjects[key], []).append(sign * (values[a][key] - values[b][key]))
+    d = np.array([statistics.fmean(differences) for differences in own.values()])
+    half = float(stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.inf
     return {
         "n": len(d),
         "mean": float(d.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": float(d.mean()) - half,
+        "high": float(d.mean()) + half,
         "wins": float((d > 0).mean()),
-        "p": p,
+        "p": float(stats.wilcoxon(d).pvalue) if d.any() else 1.0,
     }
 
 
@@ -693,7 +702,8 @@ def table(summary: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         cells = [_cell(record.get(c)) for c in plain]
         for n in names:
             # The unit stands in the heading.
-            parts = [shown(n, record[f"{n}_{part}"]).split()[0] for part in _PARTS if f"{n}_{part}" in record]
+            values = [record.get(f"{n}_{part}") for part in _PARTS]
+            parts = [shown(n, value).split()[0] for value in values if value is not None]
             # One case has neither spread nor median worth printing.
             cells.append("{} ± {} ({})".format(*parts) if len(parts) == 3 and record["n"] > 1 else "".join(parts[:1]))
         lines.append(cells)
@@ -735,4 +745,4 @@ def write_csv(path: str | os.PathLike[str], flat: Sequence[Mapping[str, Any]], *
         NoSpace: the disk is full.
     """
     with files.write_atomically(path, overwrite=overwrite) as temporary:
-        temporary.write_bytes(csv_text(flat).encode())
+        temporary.write_bytes(csv_text(flat).encode(errors="backslashreplace"))

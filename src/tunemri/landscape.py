@@ -27,6 +27,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from scipy import stats
 from scipy.interpolate import griddata
 from torch import Tensor
 
@@ -517,12 +518,18 @@ class Consistency:
 
     Arguments:
         settings: the dials, both asked for and used.
-        loss: `(asked, used)`: the loss weighted as asked, of the image made at the used setting; mean over scans,
-            the geometric mean for a model trained on the logarithm.
+        each: `(slices, asked, used)`: the loss weighted as asked, of the image made at the used setting.
+        logarithmic: the model was trained on the logarithm of the loss: means are geometric.
     """
 
     settings: tuple[Setting, ...]
-    loss: Tensor
+    each: Tensor
+    logarithmic: bool = False
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the slices, `(asked, used)`."""
+        return self._followed.mean(0).exp() if self.logarithmic else self.each.mean(0)
 
     @property
     def wins(self) -> float:
@@ -533,6 +540,29 @@ class Consistency:
     def regret(self) -> Tensor:
         """How much more than the least loss the setting asked for leaves, `(asked,)`; 0.01 is 1 % more."""
         return self.loss.diagonal() / self.loss.amin(1) - 1
+
+    @property
+    def spread(self) -> Tensor:
+        """How much more than the least loss the worst setting leaves, `(asked,)`: what there is to lose."""
+        return self.loss.amax(1) / self.loss.amin(1) - 1
+
+    @property
+    def beaten(self) -> Tensor:
+        """Whether the best setting of a row beats the one asked for beyond chance, `(asked,)`.
+
+        The 95 % interval of the difference, paired over slices (Student's t), lies above zero. One slice tells nothing.
+        """
+        n, best = len(self.each), self.loss.argmin(1)
+        rows = torch.arange(len(best))
+        lost = self._followed[:, rows, rows] - self._followed[:, rows, best]
+        if n < 2:
+            return torch.zeros(len(best), dtype=torch.bool)
+        return lost.mean(0) > float(stats.t.ppf(0.975, n - 1)) * lost.std(0) / math.sqrt(n)
+
+    @property
+    def _followed(self) -> Tensor:
+        """What training took the mean of."""
+        return (self.each + 1e-6).log() if self.logarithmic else self.each
 
     def records(self) -> list[dict[str, Any]]:
         """Flat records, one per (asked, used)."""
@@ -576,22 +606,22 @@ def self_consistency(
     checked: list[Setting] = [dict(model.check_dials(setting)) for setting in settings]
     logarithmic = getattr(model, "objective", "mean") == "log"
     model.eval()
-    total, count, done = torch.zeros(len(checked), len(checked), dtype=torch.float64), 0, 0
+    each: list[Tensor] = []
+    done = 0
     with torch.no_grad():
         w = torch.cat([model.weights(1, setting) for setting in checked]) / model.scales  # type: ignore[operator]
         for y, A, x in _examples(cases, csm):
-            for u, used in enumerate(checked):
+            columns = []
+            for used in checked:
                 network = model.hypernet(model.weights(1, used)) if hasattr(model, "hypernet") else None  # type: ignore[operator]
                 result = losses.Result(x_hat=model(y, A, **used).image, x=x, y=y, forward=A, weights=network)
                 values = torch.stack([term.value(result) for term in terms], 1)
-                loss = (values * w.to(values)).sum(1).double().cpu()
-                total[:, u] += (loss + 1e-6).log() if logarithmic else loss
+                columns.append((values * w.to(values)).sum(1).double().cpu())
                 done += 1
                 if progress is not None:
                     progress(done, len(checked) * sum(len(case.scan) for case in cases))
-            count += 1
-    mean = total / count
-    return Consistency(settings=tuple(checked), loss=mean.exp() if logarithmic else mean)
+            each.append(torch.stack(columns, 1))
+    return Consistency(settings=tuple(checked), each=torch.stack(each), logarithmic=logarithmic)
 
 
 def _examples(cases: Sequence[Case], csm: str) -> Iterator[tuple[Tensor, LinearOperator, Tensor | None]]:

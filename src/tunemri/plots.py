@@ -117,7 +117,7 @@ class Plot:
             raise errors.BadOption(f"found suffix {path.suffix!r}", file=path, help="expected .png, .pdf or .svg")
         both = (files.write_atomically(name, overwrite=overwrite) for name in (path, path.with_suffix(".csv")))
         # Rendered before either name is taken: both files or none.
-        picture, numbers = self._rendered(suffix, dpi), csv_text(self.data).encode()
+        picture, numbers = self._rendered(suffix, dpi), csv_text(self.data).encode(errors="backslashreplace")
         with next(both) as for_picture, next(both) as for_numbers:
             for_picture.write_bytes(picture)
             for_numbers.write_bytes(numbers)
@@ -549,8 +549,11 @@ def consistency(found: Consistency) -> Plot:
         axes.set_xticks(places, words[::every], rotation=0 if max(map(len, words)) < 5 else 60)
         axes.set_yticks(places, words[::every])
         axes.set(xlabel=f"used: {names}", ylabel=f"asked: {names}")
-        regret = 100 * float(found.regret.mean())
-        axes.set_title(f"asked setting best in {found.wins:.0%} of rows, mean regret {regret:.2g} %", fontsize=9)
+        regret, beaten = 100 * float(found.regret.mean()), float(found.beaten.double().mean())
+        axes.set_title(
+            f"asked setting best in {found.wins:.0%} of rows, beaten beyond chance in {beaten:.0%}, mean regret {regret:.2g} %",
+            fontsize=8,
+        )
         _settle(figure)
     return Plot(figure=figure, data=found.records())
 

@@ -256,7 +256,7 @@ def report(
     """
     text = page(title=title, summary=summary, sections=sections, provenance=provenance)
     with files.write_atomically(path, overwrite=overwrite) as temporary:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def _uri(png: bytes) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from . import errors, evaluation, plots, report
-from .datasets import SOURCES, load_images, sampling_mask
+from .datasets import SOURCES, load_images, sampling_mask, subjects
 from .evaluation import Case, Contestant, Row
 from .landscape import Landscape, histogram, landscape, self_consistency
 from .methods import prepare, reconstruct
@@ -84,14 +84,16 @@ def cases(plan: Plan, images: Mapping[str, Sequence[Tensor]], *, maps: bool = Tr
     Arguments:
         maps: estimate the coil maps here, once for all who use the case.
     """
+    whose = subjects(plan.folder, images)
     for name, acceleration in plan.patterns():
         for source, planes in images.items():
             step = max(1, len(planes) // plan.limit)
             for index in range(0, min(len(planes), step * plan.limit), step):
                 x = planes[index]
                 place = _Place(
-                    plan=plan, mask=name, acceleration=acceleration, source=source, index=index, digest=_digest(x)
-                )
+                    plan=plan, mask=name, acceleration=acceleration, source=source, index=index, digest=_digest(x),
+                    subject=whose[source][index],
+                )  # fmt: skip
                 case = place.simulated(x)
                 yield replace(case, scan=replace(case.scan, csm=prepare(case.scan).csm)) if maps else case
 
@@ -106,6 +108,7 @@ class _Place:
     source: str
     index: int
     digest: str
+    subject: str
 
     def __call__(self) -> Case:
         for _ in range(2):
@@ -121,13 +124,16 @@ class _Place:
     def simulated(self, x: Tensor) -> Case:
         plan = self.plan
         # A seed of its own for each image, the same in every run.
-        seed = plan.seed + int.from_bytes(hashlib.sha256(f"{self.source}/{self.index}".encode()).digest()[:3])
+        seed = plan.seed + int.from_bytes(
+            hashlib.sha256(f"{self.source}/{self.index}".encode(errors="surrogateescape")).digest()[:3]
+        )
         pattern = sampling_mask(self.mask, (x.shape[-2], x.shape[-1]), self.acceleration, seed)
         scan, target = simulate(x[None], mask=pattern, coils=plan.coils, noise=plan.noise, seed=seed)
         label = self.mask if math.isnan(self.acceleration) else f"{self.mask} {self.acceleration:g}×"
         return Case(
             name=f"{self.source}/{self.index}", scan=scan, reference=target,
-            labels={"mask": label, "source": self.source}, source=self,
+            labels={"mask": label, "source": self.source} | ({"subject": self.subject} if self.subject else {}),
+            source=self,
         )  # fmt: skip
 
 
@@ -204,7 +210,7 @@ def run(
     evaluation.write_csv(folder / "rows.csv", evaluation.records(rows))
     lines = summary(rows)
     text = evaluation.markdown(lines)
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     sections: list[report.Section] = [
         report.Table(
             title="Mean ± standard deviation (median)", rows=evaluation.table(lines), words=2,

@@ -154,8 +154,9 @@ def fit(
                 with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
                     loss = model.loss(example, generator)
                 loss.backward()
-            _all_reduce(parameters.values(), world, asked)
-            _share_buffers(model, world)
+            with _others_alive(folder):
+                _all_reduce(parameters.values(), world, asked)
+                _share_buffers(model, world)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
             if not bool(torch.isfinite(norm)):
                 bad += 1
@@ -406,6 +407,22 @@ def _distributed() -> tuple[int, int]:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return dist.get_rank(), world
+
+
+@contextmanager
+def _others_alive(folder: Path) -> Iterator[None]:
+    """Where a process that should answer has ended, that is what is said."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(
+            error
+        ):  # which has no class for a lost connection
+            raise
+        raise errors.NoMemory(
+            "another process of this training has ended: out of memory, or killed", file=folder, key="torchrun",
+            help="--resume goes on from the last state",
+        ) from error  # fmt: skip
 
 
 def _all_reduce(parameters: Any, world: int, asked: list[int]) -> None:

@@ -245,13 +245,13 @@ def _guard(path: files.StrPath) -> Iterator[tuple[Path, Format]]:
         raise
     except Warning:  # somebody turned warnings into errors
         raise
-    except MemoryError as e:
-        raise errors.NoMemory("not enough memory to read it", file=path, help="read fewer slices") from e
     except PermissionError as e:
         raise errors.UnreadableFile("no permission to read it", file=path, exit_code=3) from e
     except RecursionError as e:
         raise errors.UnreadableFile("damaged: nested too deeply", file=path) from e
     except Exception as e:  # h5py, nibabel, scipy and pillow raise some twenty kinds on damaged files
+        if errors.lacks_memory(e):
+            raise errors.NoMemory("not enough memory to read it", file=path, help="read fewer slices") from e
         reason = " ".join(str(e).split())[:160] or type(e).__name__
         raise errors.UnreadableFile(f"damaged: {reason}", file=path, help="copy or download it again") from e
 

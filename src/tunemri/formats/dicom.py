@@ -255,10 +255,8 @@ def _describe(data: Dataset, name: str, placed: bool) -> None:
     """Patient (nobody), study, series, equipment."""
     from pydicom.uid import generate_uid
 
-    now = datetime.datetime.now()
     data.PatientName = data.PatientID = data.PatientBirthDate = data.PatientSex = ""
     data.StudyDate = data.StudyTime = data.StudyID = data.AccessionNumber = data.ReferringPhysicianName = ""
-    data.ContentDate, data.ContentTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     data.Modality = "MR"
     data.SeriesNumber = data.InstanceNumber = 1
     data.SeriesDescription = "tunemri reconstruction"
@@ -353,6 +351,9 @@ def _describe_frames(
         each.append(frame)
     data.PerFrameFunctionalGroupsSequence = Sequence(each)
     data.NumberOfFrames = frames
+    # Demanded here; nowhere else, where it would only make the same image another file.
+    now = datetime.datetime.now()
+    data.ContentDate, data.ContentTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     data.ImageType = kind
     data.PixelPresentation, data.VolumetricProperties, data.VolumeBasedCalculationTechnique = (
         "MONOCHROME",

@@ -63,7 +63,12 @@ class Dial:
             raise errors.BadOption(f"a logarithmic range from {self.lo}, expected lo > 0", key="dial")
         if self.curve:
             rises = all(a < b for a, b in itertools.pairwise(self.curve))
-            if self.choices or len(self.curve) < 2 or not rises or (self.curve[0], self.curve[-1]) != (self.lo, self.hi):
+            if (
+                self.choices
+                or len(self.curve) < 2
+                or not rises
+                or (self.curve[0], self.curve[-1]) != (self.lo, self.hi)
+            ):
                 raise errors.BadOption(
                     f"found a curve of {len(self.curve)} values, expected rising numbers from lo to hi", key="dial"
                 )
@@ -312,8 +317,13 @@ def prepare(scan: Scan, *, csm: str = "espirit") -> Scan:
         csm: how to estimate maps where several coils come without: a name in `coils.MAPS`, or "joint": as a start only.
 
     Raises:
-        BadOption: no such way to estimate maps.
+        BadOption: no such way to estimate maps. NoMemory: too large for this machine; says what to cut.
     """
+    with errors.enough_memory(lambda: _too_large(scan)):
+        return _prepared(scan, csm)
+
+
+def _prepared(scan: Scan, csm: str) -> Scan:
     joint = csm == "joint"
     csm = "espirit" if joint else csm
     if csm not in coils.MAPS:
@@ -398,7 +408,9 @@ def reconstruct(
         )
     model.eval()
     pieces = []
-    with torch.no_grad(), errors.enough_memory(lambda: _too_large(scan)):
+    # Of a GPU: the same each time, and in single precision; by default its convolutions keep three digits (TF32).
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
+    with torch.no_grad(), exact, errors.enough_memory(lambda: _too_large(scan)):
         ready = prepare(scan, csm=csm)
         for sentence in model.outside(ready):
             errors.warn(f"outside what the model was trained for: {sentence}", "wrong_model")

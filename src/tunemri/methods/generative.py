@@ -5,8 +5,9 @@
 ν and σ are standard deviations of complex noise: ν of what was measured, σ of what the energy was trained to see in
 images. x ↦ D(x, σ) = x − ∇E(x, σ) removes noise of that level, so −2∇E/σ² is the score of images with that noise.
 
-The mode is found level by level, each with its certificate of descent. Draws come from the same energies: noise of
-the highest level is taken away in steps, and in each the data say what they know.
+The mode is sought on a way down through the levels, with a little fresh noise at each, and then descended to with a
+certificate. Draws come from the same energies: noise is added and taken away in steps, and in each the data say what
+they know.
 
 Sources: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023), for the system;
 P. Vincent, "A connection between score matching and denoising autoencoders" (2011), for the training of our energy;
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import coils, errors, solvers
@@ -33,6 +35,9 @@ __all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "noise_level"
 
 _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
+_MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
+_LEAST = 0.01  # variance of D's error around a pixel, over σ², below which no estimate of it is believed
+_REST = 4  # steps of the way down for which maps rest: an update of them costs as much as one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +45,23 @@ class Mode:
     """How the mode is looked for.
 
     Arguments:
-        levels: of σ, geometric from the highest trained to that of the noise.
+        start: highest σ, in units of the scale of the image.
+        way: steps down from there, each with fresh noise.
+        noise: standard deviation of that noise, over σ.
+        levels: of σ that end the way, geometric as all of it, the last that of the noise in the data; and
         steps: of accelerated descent at each, at most.
-        inertia: steps for which it builds up at most before a level begins; levels share it.
-        tolerance: on the relative change of the image in a step.
+        inertia: steps for which it builds up at most.
+        tolerance: on the relative change of the image in a step of descent.
         inner: conjugate gradient steps, at most, with which the data are met in each.
         mu: weight of the roughness of coil maps, where they are sought too.
         map_steps: for them, at each level, at most.
     """
 
-    levels: int = 10
-    steps: int = 3
+    start: float = 0.3
+    way: int = 22
+    noise: float = 0.25
+    levels: int = 2
+    steps: int = 2
     inertia: int = 10
     tolerance: float = 1e-3
     inner: int = 10
@@ -58,9 +69,16 @@ class Mode:
     map_steps: int = 5
 
     def __post_init__(self) -> None:
-        good = min(self.levels - 1, self.steps, self.inner, self.map_steps) >= 1
-        if not good or not 0 <= self.tolerance < 1 or not 0 <= self.mu < math.inf:
-            raise errors.BadOption(f"found {self}, expected levels ≥ 2, steps ≥ 1, tolerance and mu ≥ 0", key="mode")
+        good = min(self.levels - 1, self.steps, self.inner, self.map_steps, self.way + 1, self.inertia + 1) >= 1
+        if (
+            not good
+            or not 0 <= self.tolerance < 1
+            or not 0 <= min(self.mu, self.noise) < math.inf
+            or not self.start > 0
+        ):
+            raise errors.BadOption(
+                f"found {self}, expected levels ≥ 2, steps ≥ 1, start > 0, tolerance, noise and mu ≥ 0", key="mode"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +94,7 @@ class Draws:
         levels: of σ, geometric, through which it takes the noise away; of the paper's energy, which has none, steps
             between draws.
         spread: factor on the error that D had in training.
+        temperature: factor on the variance of the draws, so that intervals hold what they promise; from validation.
         inner: conjugate gradient steps, at most, with which the data are met at each.
         seed: of all randomness.
     """
@@ -85,15 +104,22 @@ class Draws:
     burn_in: int = 1
     start: float = 0.2
     renew: float = 0.1
-    levels: int = 8
+    levels: int = 10
     spread: float = 1.0
+    temperature: float = 1.0
     inner: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         counts = min(self.chains, self.samples, self.levels - 1, self.inner, self.burn_in + 1)
-        if counts < 1 or not 0 < self.renew < math.inf or not 0 <= min(self.start, self.spread) < math.inf:
-            raise errors.BadOption(f"found {self}, expected levels ≥ 2, counts ≥ 1, renew > 0, others ≥ 0", key="draws")
+        if (
+            counts < 1
+            or not 0 < min(self.renew, self.temperature) < math.inf
+            or not 0 <= min(self.start, self.spread) < math.inf
+        ):
+            raise errors.BadOption(
+                f"found {self}, expected levels ≥ 2, counts ≥ 1, renew and temperature > 0, others ≥ 0", key="draws"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +169,7 @@ class Generative(Reconstructor):
         levels: (lo, hi) of σ in training, over the scale of the image (see `scan.normalise`).
         mode, draws: how to find the mode and how to draw, see `Mode` and `Draws`.
         likelihood: how to train the paper's energy, see `Likelihood`.
+        real: images are real and not negative, as magnitude images are and as the paper assumes.
         trained: range of images seen in training, filled in by the recipe.
     """
 
@@ -159,6 +186,7 @@ class Generative(Reconstructor):
         mode: Mapping[str, Any] | None = None,
         draws: Mapping[str, Any] | None = None,
         likelihood: Mapping[str, Any] | None = None,
+        real: bool = False,
         trained: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -185,10 +213,12 @@ class Generative(Reconstructor):
         self.mode, self.draws = made(Mode, "mode", mode), made(Draws, "draws", draws)
         # Of noisy training images, in bins of log σ: means of log E/(σ² pixels), of its square, and of the loss.
         self.register_buffer("usual", torch.zeros(3, _BINS))
+        self.real = bool(real)
         self.trained = dict(trained or {})
         self.arguments = {
             "energy": dict(energy or {}), "levels": list(self.levels), "mode": dict(mode or {}),
-            "draws": dict(draws or {}), "likelihood": dict(likelihood or {}), "trained": self.trained,
+            "draws": dict(draws or {}), "likelihood": dict(likelihood or {}), "real": self.real,
+            "trained": self.trained,
         }  # fmt: skip
 
     def forward(
@@ -255,8 +285,8 @@ class Generative(Reconstructor):
     # ---------------------------------------------------------------- the mode
 
     def _mode(self, z: Tensor, A: LinearOperator, nu: float, joint: bool) -> Reconstruction:
-        """argmin_x ½‖A x − z‖² + (ν/σ)² E(x, σ) for falling σ, from the zero-filled image; jointly, + μ F(c)."""
-        x, c, record = self._descend(A.H(z), z, A, nu, _maps(A) if joint else None)
+        """argmin_x ½‖A x − z‖² + (ν/σ)² E(x, σ), σ falling to ν, from the zero-filled image; jointly, + μ F(c)."""
+        x, c, record = self._descend(self._begun(A, z), z, A, nu, _maps(A) if joint else None)
         certificate = [{"noise": nu, "levels": record, "unlike": float(self.unlike(x))}]
         return Reconstruction(
             image=x, csm=None if c is None else coils.unit_maps(c), stats={"certificate": certificate}
@@ -265,22 +295,38 @@ class Generative(Reconstructor):
     def _descend(
         self, x: Tensor, z: Tensor, A: LinearOperator, nu: float, c: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, list[dict[str, Any]]]:
-        """Images and maps at the end of the ladder of levels, each begun where the last ended, with its inertia.
+        """Images and maps at the end of the way down, and what was descended there.
+
+            x ← prox(D(x + β (x − x before) + κ σ ξ, σ)),    ξ white and fresh    then descent of the objective
+
+        The noise ξ keeps D within what it was trained for. Without it, errors of an image that is free of noise look
+        like details, and stay or grow; with as much as σ, inertia has nothing to build on.
 
         The data are met by their proximal map. Maps c, where there are any, are sought in turn with the image, so that
         both are fit to the same data and smooth, see `coils.roughness`.
         """
-        plan, record, solution, b = self.mode, [], None, A.H(z)
-        for k, sigma in enumerate(self._ladder(nu, plan.levels)):
+        plan, record, solution, before, b = self.mode, [], None, x, A.H(z)
+        way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
+        generator = torch.Generator().manual_seed(0)
+        for k, sigma in enumerate(
+            self._ladder(nu, plan.way + plan.levels, min(self.levels[1], max(plan.start, 2 * nu)))
+        ):
             moved = None
-            if c is not None and k:
+            if c is not None and k and (k >= way or k % _REST == 0):
                 moved = self._smooth_maps(x, c, z, A)
                 c = moved.value
                 A = _with_maps(A, coils.unit_maps(c))
                 b = A.H(z)
+            prox = self._closest(A, b, plan.inner)
+            if k < way:
+                beta = min(k, plan.inertia) / (min(k, plan.inertia) + 3)
+                noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+                v, before = x + beta * (x - before) + plan.noise * sigma * noise, x
+                x = prox(v - self._removed(v, sigma)[1], _row((sigma / nu) ** 2, x)[:, None, None])
+                continue
             energy, gradient = self._weighted(sigma, (nu / sigma) ** 2)
             solution = solvers.apgd(
-                energy, gradient, x, prox=_closest(A, b, plan.inner), penalty=_misfit(A, z), step=(sigma / nu) ** 2,
+                energy, gradient, x, prox=prox, penalty=_misfit(A, z), step=(sigma / nu) ** 2,
                 iterations=plan.steps, tolerance=plan.tolerance, after=solution,
             )  # fmt: skip
             x = solution.value
@@ -288,6 +334,39 @@ class Generative(Reconstructor):
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
         return x, c, record
+
+    def _begun(self, A: LinearOperator, z: Tensor) -> Tensor:
+        """The zero-filled image."""
+        return _real(A.H(z)) if self.real else A.H(z)
+
+    def _removed(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """E(x, σ), and ∇E, what D takes away: around no pixel much more than there is noise.
+
+        Far from what it was trained for, D now and then makes things up in some place; one such step would ruin all
+        that follow.
+
+        Raises:
+            NonFinite: the energy is not.
+        """
+        with torch.no_grad():
+            value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
+        if not bool(value.isfinite().all()):
+            raise errors.NonFinite(f"the energy at σ = {sigma:g}", key="energy", help="data of usual scale")
+        return value, slope * (_MOST * sigma / _around(slope).clamp(min=_MOST * sigma))
+
+    def _closest(self, A: LinearOperator, b: Tensor, iterations: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """(v, τ) ↦ argmin_u ½‖u − v‖² + τ/2 ‖A u − y‖², b = Aᴴ y; on a grid two steps are exact for one coil.
+
+        Of real images the closest real one, with what is negative set to zero.
+        """
+        part = _real if self.real else torch.clone
+
+        def prox(v: Tensor, tau: Tensor) -> Tensor:
+            G = lambda u: u + tau * part(A.gram(u))  # noqa: E731
+            u = solvers.cg(G, part(v + tau * b), part(v), iterations=iterations, tolerance=1e-4).value
+            return u.real.clamp(min=0).to(u.dtype) if self.real else u
+
+        return prox
 
     def _smooth_maps(self, x: Tensor, c: Tensor, z: Tensor, A: Any) -> solvers.Solution:
         """argmin_c ½‖A(x c/|c|) − z‖² + μ F(c) at fixed x, a few steps of it."""
@@ -313,7 +392,7 @@ class Generative(Reconstructor):
         B, z = A.preconditioned(y)
         sigma = self._ladder(nu, 2)[1]
         _, slope = self.energy.value_and_gradient(x, _row(sigma, x))
-        return _closest(B, B.H(z), self.mode.inner)(x - slope.detach(), _row((sigma / nu) ** 2, x)[:, None, None])
+        return self._closest(B, B.H(z), self.mode.inner)(x - slope.detach(), _row((sigma / nu) ** 2, x)[:, None, None])
 
     def _weighted(
         self, sigma: float, weight: float
@@ -349,8 +428,11 @@ class Generative(Reconstructor):
             "noise": nu,
         }
         return Reconstruction(
-            image=moments.mean[None], variance=moments.variance[None], samples=chains.last[None], stats={"chains": [record]}
-        )  # fmt: skip
+            image=moments.mean[None],
+            variance=plan.temperature * moments.variance[None],
+            samples=chains.last[None],
+            stats={"chains": [record]},
+        )
 
     def posterior(
         self,
@@ -369,9 +451,10 @@ class Generative(Reconstructor):
 
             x₀ ~ p(x | D(x_σ), y),    x_σ' = x₀ + (σ'/σ)² (x_σ − x₀) + σ' √(1 − σ'²/σ²) ξ
 
-        with x₀ normally distributed about D, with the error that D had in training, and then conditioned on the data
-        exactly. Adding noise is a Gibbs step: the chain forgets what is finer than it. Coarser doubts are what the
-        different beginnings tell, and R̂ says whether they agree.
+        with x₀ normally distributed about D and then conditioned on the data exactly. The variance about D is the
+        error that it had in training, spread over the image as Stein's identity tells. Adding noise is a Gibbs step:
+        the chain forgets what is finer than it. Coarser doubts are what the different beginnings tell, and R̂ says
+        whether they agree.
 
         Arguments:
             y: `(1, C, …)`, and
@@ -401,18 +484,20 @@ class Generative(Reconstructor):
             def move(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 x = x + sigmas[0] * white(b)
                 for sigma, finer in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-                    value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
+                    value, slope = self._removed(x, sigma)
                     spread = plan.spread * sigma * self._error(sigma)
+                    # On average |error|² = σ² − |∇E|², by Stein: no doubt about air, more of it along edges.
+                    doubt = (sigma**2 - _around(_around(slope)).square().mean(0)).clamp(min=_LEAST * sigma**2)
                     # Perturb both sides, then solve: a draw from the product of two normal distributions.
-                    v = x - slope + spread * white(b)
+                    v = x - slope + spread * (doubt / doubt.mean()).sqrt() * white(b)
                     data = b + nu * B.H(white(z) * (z != 0))
-                    x0 = _closest(B, data, plan.inner)(v, _row((spread / nu) ** 2, v)[:, None, None])
+                    x0 = self._closest(B, data, plan.inner)(v, _row((spread / nu) ** 2, v)[:, None, None])
                     q = (finer / sigma) ** 2
                     x = x0 + q * (x - x0) + finer * math.sqrt(1 - q) * white(b)
                 return x, value
 
             other = z + nu * white(z) * (z != 0)
-            start = self._descend(B.H(other) + plan.start * white(b), other, B, nu)[0]
+            start = self._descend(self._begun(B, other) + plan.start * white(b), other, B, nu)[0]
             common: dict[str, Any] = {
                 "samples": plan.samples, "observe": observe, "callback": callback,
                 "limit": 100 * float(b.abs().max()) + 100,
@@ -536,13 +621,23 @@ def _slope(energy: Homogeneous, u: Tensor) -> Tensor:
     return slope
 
 
+def _real(x: Tensor) -> Tensor:
+    return x.real.to(x.dtype)
+
+
+def _around(x: Tensor) -> Tensor:
+    """Root mean square of x around each pixel."""
+    return F.avg_pool2d(x.abs().square()[:, None], 9, 1, 4, count_include_pad=False)[:, 0].sqrt()
+
+
 def noise_level(y: Tensor, A: LinearOperator) -> float:
-    """ν, the standard deviation of complex noise in k-space data y, from the outermost fifth of the samples.
+    """ν, the standard deviation of complex noise in k-space data y, from the outer third of the samples.
 
-        ν² = q₀.₂₅(|y|²) / −ln(1 − 0.25)
+        median |y|² / ln 2 ≈ S r⁻ᵖ + ν² in shells of radius r,    S, p and ν those of least Itakura–Saito distance
 
-    |noise|² is exponentially distributed, and its lower quartile is hardly moved by what signal there is so far out.
-    Zeros are not counted, and no less than 0.2 % of the scale of the image is ever said.
+    |noise|² is exponentially distributed, hence ln 2; what images add falls off like a power of r, and in small
+    matrices it is nowhere below the noise. Zeros are not counted, and no less than 0.2 % of the scale of the image is
+    ever said.
     """
     if isinstance(A, NonCartesian):
         radius = torch.linalg.vector_norm(A.trajectory, dim=-1)[:, None]
@@ -552,24 +647,29 @@ def noise_level(y: Tensor, A: LinearOperator) -> float:
     sampled = y != 0
     if not bool(sampled.any()):
         return _FAINTEST
-    radius = radius.expand(y.shape)
-    outer = sampled & (radius >= _quantile(radius[sampled], 0.8))
-    return max(_FAINTEST, math.sqrt(float(_quantile(y[outer].abs().square(), 0.25)) / -math.log(0.75)))
+    r, power = radius.expand(y.shape)[sampled], y[sampled].abs().square()
+    outer = r >= _quantile(r, 0.7)
+    r, power = r[outer].double(), power[outer].double()
+    shells = min(20, len(r) // 10)
+    if shells < 4:
+        return max(_FAINTEST, math.sqrt(float(_quantile(power, 0.5)) / math.log(2)))
+    order = r.argsort()[: len(r) // shells * shells].view(shells, -1)
+    seen = power[order].quantile(0.5, dim=1) / math.log(2)
+    falls = (r[order].mean(1) / r.max()) ** -torch.arange(2.0, 9.0, 0.5, dtype=r.dtype, device=r.device)[:, None]
+    signal = (seen / falls).amin(1, keepdim=True) / 2
+    noise = seen.min() / 2 * torch.ones_like(signal)
+    for _ in range(100):  # multiplicative: both stay positive, and the distance never grows
+        model = signal * falls + noise
+        signal = signal * ((falls * seen / model**2).sum(1, True) / (falls / model).sum(1, True)).sqrt()
+        noise = noise * ((seen / model**2).sum(1, True) / (1 / model).sum(1, True)).sqrt()
+    ratio = seen / (signal * falls + noise)
+    best = int((ratio - ratio.log()).sum(1).argmin())
+    return max(_FAINTEST, math.sqrt(float(noise[best])))
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
     """The value that a share of them does not exceed; `torch.quantile` has a limit of 16 million."""
     return values.flatten().kthvalue(max(1, math.ceil(share * values.numel()))).values
-
-
-def _closest(A: LinearOperator, b: Tensor, iterations: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """(v, τ) ↦ argmin_u ½‖u − v‖² + τ/2 ‖A u − y‖², b = Aᴴ y; on a grid two steps are exact for one coil."""
-
-    def prox(v: Tensor, tau: Tensor) -> Tensor:
-        G = lambda u: u + tau * A.gram(u)  # noqa: E731
-        return solvers.cg(G, v + tau * b, v, iterations=iterations, tolerance=1e-4).value
-
-    return prox
 
 
 def _misfit(A: Callable[[Tensor], Tensor], y: Tensor) -> Callable[[Tensor], Tensor]:

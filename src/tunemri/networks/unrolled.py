@@ -30,17 +30,15 @@ class Unrolled(nn.Module):
     Arguments:
         stages: number of steps.
         width, levels: of the U-Nets.
-        step: μ_t before training. Where everything was sampled, as for denoising, μ = 1 undoes whatever U_t says and
-            nothing can be learned; begin below.
     """
 
     takes_batched_weights = True  # `steps` may be `(B, stages)`
 
-    def __init__(self, *, stages: int = 5, width: int = 16, levels: int = 3, step: float = 1.0) -> None:
+    def __init__(self, *, stages: int = 5, width: int = 16, levels: int = 3) -> None:
         super().__init__()
-        if stages < 1 or not 0 < step <= 1:
-            raise errors.BadOption(f"found {stages=}, {step=}, expected stages ≥ 1 and 0 < step ≤ 1", key="main")
-        self.steps = nn.Parameter(torch.full((stages,), float(step)))
+        if stages < 1:
+            raise errors.BadOption(f"found stages={stages}, expected at least 1", key="main")
+        self.steps = nn.Parameter(torch.ones(stages))
         self.stages = nn.ModuleList([Trunk(4, 2, width, levels=levels) for _ in range(stages)])
 
     def forward(self, x0: Tensor, gram: Callable[[Tensor], Tensor]) -> Tensor:

@@ -137,21 +137,33 @@ def split(mask: Tensor, asked: Asked, generator: torch.Generator) -> tuple[Tenso
 
     Hidden samples stand for those that were never taken: with w their sum estimates the error over the gaps of the
     pattern, while the plain sum would judge by the dense centre alone. Where whole lines were measured, whole lines
-    are hidden; the innermost samples never are, without them there is no image.
+    are hidden; the innermost samples never are, without them there is no image, nor those that stand for no gap. The
+    splits take turns: no sample is hidden twice before all were, so that few lines are judged by many of them.
+
+    Raises:
+        BadOption: nothing may be hidden.
     """
     m = mask[0]
     h, w = m.shape
     rows, columns = bool((m == m[:, :1]).all()), bool((m == m[:1]).all())
     if rows == columns:  # points; or full sampling, which has no lines either
         rows = columns = False
-    draw = torch.rand((asked.splits, 1 if columns else h, 1 if rows else w), generator=generator).to(m.device)
-    vertical, across = ((torch.arange(n, device=m.device) - n // 2).abs() <= max(n // 40, 1) for n in (h, w))
-    inner = vertical[:, None] if rows else across if columns else vertical[:, None] & across
-    hidden = (m > 0) & (draw < asked.fraction) & ~inner
     window = [2 * max(n // 32, 1) + 1 for n in (h, w)]
     p = F.avg_pool2d(m[None, None], window, stride=1, padding=[n // 2 for n in window], count_include_pad=False)[0, 0]
     weight = torch.ones_like(p) if bool((p == 1).all()) else (1 - p) / p.clamp(min=0.02)
-    return (m * ~hidden)[:, None], weight.double() * hidden / asked.fraction
+    vertical, across = ((torch.arange(n, device=m.device) - n // 2).abs() <= max(n // 40, 1) for n in (h, w))
+    inner = vertical[:, None] if rows else across if columns else vertical[:, None] & across
+    spare = (m > 0) & ~inner & (weight > 0)
+    spare = spare[:, :1] if rows else spare[:1] if columns else spare
+    index = spare.flatten().nonzero().flatten()
+    if not len(index):
+        raise errors.BadOption("no sample beside the centre that could be hidden", key="by", help="choose by reference")
+    number = max(1, round(asked.fraction * len(index)))
+    turns = [torch.randperm(len(index), generator=generator) for _ in range(1 + asked.splits * number // len(index))]
+    order = index[torch.cat(turns)[: asked.splits * number].to(index.device)].reshape(asked.splits, number)
+    hidden = torch.zeros(asked.splits, spare.numel(), dtype=torch.bool, device=m.device).scatter_(1, order, True)
+    hidden = hidden.reshape(asked.splits, *spare.shape)
+    return (m * ~hidden)[:, None], weight.double() * (hidden & (m > 0)) * (len(index) / number)
 
 
 def _discrepancy(bench: Bench, asked: Asked) -> Judge:

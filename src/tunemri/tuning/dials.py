@@ -1,22 +1,29 @@
-"""Where a dial matters: what a small turn changes, and what the whole range does."""
+"""Where a dial matters: what a small turn changes, what the whole range does, and a slider that spreads it evenly."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .. import errors
-from ..methods.base import Reconstructor
+from ..methods.base import Dial, Reconstructor
 from ..scan import Scan
-from .base import Progress, ranged, set_up
+from .base import Progress, judged, ranged, set_up
 
-__all__ = ["Sensitivity", "range_map", "sensitivity"]
+__all__ = ["Sensitivity", "equal_steps", "range_map", "sensitivity", "step_sizes"]
+
+_KNOTS = 33  # of a measured slider: values are kept at 32 even steps
+_FINEST = 1 / 512  # of a slider: a jump is located no closer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +123,127 @@ def range_map(
         if progress is not None:
             progress(i + 1, points)
     return high - low
+
+
+def step_sizes(
+    model: Reconstructor,
+    scan: Scan,
+    name: str,
+    *,
+    steps: int = 20,
+    dials: Mapping[str, Any] | None = None,
+    csm: str = "espirit",
+    progress: Progress | None = None,
+) -> Tensor:
+    """What each of `steps` equal steps of a slider changes, over the image: ‖|x̂ᵢ₊₁| - |x̂ᵢ|‖ / ‖x̂‖, `(steps,)`.
+
+    Arguments:
+        name: the dial.
+        dials: values of the others.
+        csm: how to estimate coil maps where the scan has none.
+        progress: called with (done, total).
+
+    Raises:
+        BadOption: an unknown dial, one that is not a number, or no step.
+    """
+    dial = ranged(model, [name])[name]
+    if steps < 1:
+        raise errors.BadOption(f"found {steps}, expected at least 1", key="steps")
+    bench = set_up(scan, model, csm)
+    setting = bench.start({key: v for key, v in (dials or {}).items() if key != name})
+    sizes, before = [], bench.images({**setting, name: dial.lo}).abs()
+    for i in range(1, steps + 1):
+        image = bench.images({**setting, name: dial.at(i / steps)}).abs()
+        sizes.append(_change(before, image))
+        before = image
+        if progress is not None:
+            progress(i, steps)
+    return torch.tensor(sizes, dtype=torch.float64)
+
+
+def _change(a: Tensor, b: Tensor) -> float:
+    """‖a - b‖ over the size of both."""
+    return float((a - b).norm().double() / ((a.norm() + b.norm()).double() / 2).clamp(min=1e-30))
+
+
+def equal_steps(
+    model: Reconstructor,
+    scans: Sequence[Scan],
+    *,
+    dials: Sequence[str] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    slices: int | None = 1,
+    most: int = 97,
+    csm: str = "espirit",
+    progress: Progress | None = None,
+) -> Reconstructor:
+    """The same model with other sliders: equal steps make an equal visible change, as the mean over scans has it.
+
+        value(p) = λ(L⁻¹(p L(1))),    L(q) = mean over scans of ∫₀^q ‖∂|x̂|/∂r‖ / ‖x̂‖ dr,    λ(r) the slider as declared
+
+    Only the spacing of a slider changes, and with it sweeps, landscapes and searches: a value gives the image it gave,
+    and the ends stay. `methods.save` writes the new sliders into the header of the weights. The path of the images is
+    followed in steps of at most 1/32 of its length, finer where the image changes faster; where it stands still the
+    slider keeps a thousandth of the mean speed, so that every value can be reached.
+
+    Arguments:
+        model: any method; it is not changed.
+        scans: typical ones, several: where one scan changes fast another may not.
+        dials: whose sliders; None: of all dials with a range, one after the other, the rest at the method's suggestion.
+        fixed: values of the dials that are not turned.
+        slices: at most that many of each scan, evenly spaced; None: all.
+        most: settings per dial and scan; a jump cannot be followed any closer.
+        csm: how to estimate coil maps where a scan has none.
+        progress: called with (done, 0) after each setting.
+
+    Returns:
+        a copy of the model, with a `curve` on each of these dials.
+
+    Raises:
+        NoData: no scan, or one without signal. BadOption: an unknown dial, or one along which nothing changes.
+    """
+    if not scans:
+        raise errors.NoData("found no scan", key="scans")
+    even = copy.deepcopy(model)
+    even.curves = {name: curve for name, curve in model.curves.items() if dials is not None and name not in dials}
+    benches = [set_up(scan, even, csm, judged(scan, slices)) for scan in scans]
+    starts = [bench.start(fixed or {}) for bench in benches]
+    done = itertools.count(1)
+    for name, dial in ranged(even, dials).items():
+
+        def images(p: float, name: str = name, dial: Dial = dial) -> list[Tensor]:
+            found = [
+                bench.images({**start, name: dial.at(p)}).abs() for bench, start in zip(benches, starts, strict=True)
+            ]
+            if progress is not None:
+                progress(next(done), 0)
+            return found
+
+        places, lengths = _followed(images, most)
+        if not sum(lengths) > 0:
+            raise errors.BadOption("the image is the same all along this dial", key=name)
+        even.curves = {**even.curves, name: _even(dial, places, lengths)}
+    return even.eval()
+
+
+def _followed(images: Callable[[float], list[Tensor]], most: int) -> tuple[list[float], list[float]]:
+    """Positions along a slider, and how far the images move from each to the next, mean over the scans."""
+    made: dict[float, list[Tensor]] = {}
+    places = [i / 16 for i in range(17)]
+    while True:
+        made |= {p: images(p) for p in places if p not in made}
+        pieces = list(itertools.pairwise(places))
+        lengths = [fmean(map(_change, made[a], made[b])) for a, b in pieces]
+        long = sum(lengths) / (_KNOTS - 1)
+        halves = [(a + b) / 2 for (a, b), n in zip(pieces, lengths, strict=True) if n > long and b - a > _FINEST]
+        if not halves or len(places) + len(halves) > most:
+            return places, lengths
+        places = sorted(places + halves)
+
+
+def _even(dial: Dial, places: Sequence[float], lengths: Sequence[float]) -> tuple[float, ...]:
+    """Values at even shares of the whole length."""
+    speed = np.asarray(lengths) / np.diff(places)
+    way = np.concatenate(([0.0], np.cumsum(np.maximum(speed, 1e-3 * sum(lengths)) * np.diff(places))))
+    inner = np.interp(np.linspace(0, way[-1], _KNOTS)[1:-1], way, places)
+    return (dial.lo, *(float(f"{dial.at(p):.8g}") for p in inner), dial.hi)
