@@ -39,6 +39,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from safetensors import safe_open
 from torch import Tensor
 
 from tunemri import console, evaluation, landscape, methods, metrics, plots, training
@@ -92,7 +93,8 @@ def main() -> None:
     print(f"python benchmarks/hyperrecon.py {shlex.join(sys.argv[1:])}")
     print(
         f"commit {_commit()}, torch {torch.__version__}, {_processor()}, {options.threads} thread, seed {options.seed}\n"
-        f"subjects of train/ in crops of {options.size}², of val/ at {options.edge}²; {options.steps} steps a network"
+        f"subjects of train/ in crops of {options.size}², of val/ at {options.edge}²"
+        + (f"; {options.steps} steps a network" if options.steps else "")
     )
     parts[options.part](options)
 
@@ -421,7 +423,12 @@ def table1(options: argparse.Namespace) -> None:
     x = torch.randn(1, 256, 256, dtype=torch.complex64, generator=torch.Generator().manual_seed(options.seed))
     A = Cartesian(mask[None, None], None)
     y = A(x)
-    records = [json.loads(file.read_text()) for file in sorted(options.output.glob("*/network.json"))]
+    records = []
+    for file in sorted(options.output.glob("*/state.safetensors")):
+        facts = json.loads(file.with_name("network.json").read_text())
+        with safe_open(file, "pt") as state:
+            if int(state.metadata()["step"]) == facts["steps"]:  # one still in training has no time to speak of
+                records.append(facts)
     # Networks of one kind differ in nothing that costs time: the first one stands for all.
     kinds: dict[str, dict[str, Any]] = {}
     for facts in records:
