@@ -94,6 +94,16 @@ def test_an_unrolled_network_starts_as_gradient_descent():
     assert relative(net(x0, A.gram), x) < 1e-6
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_only_a_silent_start_learns_from_complete_data(silent):
+    """At μ = 1 the data undo what a stage says; a silent one begins at x₀ and hears what to say."""
+    net, x0 = Unrolled(stages=2, width=4, silent=silent), random((1, 15, 18))
+    x = net(x0, lambda x: x)
+    assert relative(x, x0) < 1e-6
+    x.abs().square().sum().backward()
+    assert any(float(p.grad.abs().max()) > 1e-4 for p in net.stages.parameters()) == silent
+
+
 def test_unknown_networks_and_arguments_are_refused():
     with pytest.raises(errors.BadOption, match="did you mean 'unet'"):
         build({"name": "u-net"})

@@ -42,7 +42,16 @@ SHAPE = (100, 96)  # the least that the networks were trained for
 # Good settings for these images; trained models at their own suggestion.
 CLASSICAL = {"zero-filled": {}, "sense": {"lam": 0.004}, "tv": {"lam": 0.0007}, "wavelet": {"lam": 0.001}}
 # Draws and descents of the generative prior take seconds each: it is judged by the benchmark alone.
-TRAINED = [name for name, path in methods.bundled().items() if methods.card(path)["method"] != "generative"]
+NETWORKS = {
+    name: card for name, path in methods.bundled().items() if (card := methods.card(path))["method"] != "generative"
+}
+# Denoising and superresolution are for one kind of mask: they say so of every other, and are judged at their own.
+SPECIAL = {
+    name: "full" if card["arguments"]["trained"]["acceleration"][1] == 1 else "centre"
+    for name, card in NETWORKS.items()
+    if card["arguments"]["trained"].get("block")
+}
+TRAINED = [name for name in NETWORKS if name not in SPECIAL]
 every_method = pytest.mark.parametrize("name", [*CLASSICAL, *TRAINED])
 
 
@@ -84,6 +93,21 @@ def test_more_samples_never_make_it_worse(name):
     plain = psnr(measure.image_of(data, at("zero-filled")).abs(), truth.abs())
     assert all(b > a - 0.3 for a, b in zip(curve, curve[1:], strict=False)), curve
     assert curve[-1] > plain - (2 if name == "sense" else 0.5), (curve, plain)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_model_for_one_task_does_it_and_refuses_none_silently(name):
+    model, truth = methods.load(name), image()
+    noise = 0.1 if SPECIAL[name] == "full" else measure.NOISE
+    data, _ = measure.scan_of(truth, make_mask(SPECIAL[name], SHAPE, 1 if noise == 0.1 else 4), noise=noise, coils=1)
+    found, plain, tv = (
+        psnr(reconstruct(data, m, **dials).image.abs(), truth.abs())
+        for m, dials in ((model, {}), (methods.load("zero-filled"), {}), (methods.load("tv"), {"lam": noise / 14}))
+    )
+    assert found > plain + 1 and found > tv - 0.5, (found, plain, tv)
+    other = measure.scan_of(truth, make_mask("poisson", SHAPE, 4), coils=1)[0]
+    with pytest.warns(TunemriWarning, match="scattered"):
+        reconstruct(other, model)
 
 
 def test_nested_masks_are_nested_and_as_dense_as_they_say():

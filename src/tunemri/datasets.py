@@ -266,6 +266,7 @@ class Sampler:
             "size": [self.size // 2, 4 * self.size],
             "coils": self.coils,
             "noise": list(self.noise),
+            "block": all(name in patterns.TASKS for name in self.masks),
             "centre": float(bank[:, c - 2 : c + 3, c - 2 : c + 3].mean((1, 2)).amin()),
         }
 

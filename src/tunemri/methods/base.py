@@ -261,6 +261,8 @@ class Reconstructor(nn.Module, abc.ABC):
             elif share < _CENTRE:
                 # Training may have seen such masks, and learned little from them (tests/test_stability.py).
                 said.append(f"{share:.0%} of the central 5×5 of k-space sampled, too little for a trained method")
+        if self.trained.get("block") and mask is not None and not _one_block(mask):
+            said.append("samples scattered over k-space, trained for one complete block of it")
         if "size" in self.trained:
             lo, hi = self.trained["size"]
             if min(h, w) < lo or max(h, w) > hi:
@@ -275,6 +277,13 @@ class Reconstructor(nn.Module, abc.ABC):
         if self.trained and not self.trained.get("trajectory") and scan.trajectory is not None:
             said.append("samples off the grid, trained for samples on it")
         return said
+
+
+def _one_block(mask: Tensor) -> bool:
+    """Whether every mask samples all of a rectangle and nothing else."""
+    rows, columns = mask.amax(-1, keepdim=True), mask.amax(-2, keepdim=True)
+    gaps = [int((line.flatten(1).diff(dim=1) > 0).sum(1).max()) for line in (rows, columns)]
+    return bool((mask == rows * columns).all()) and max(gaps) <= 1
 
 
 def made(kind: Callable[..., Any], key: str, arguments: Mapping[str, Any] | None) -> Any:

@@ -183,10 +183,13 @@ class HyperRecon(Reconstructor):
         """One dial per term after the first: its share of the weight, see `losses.weights_from_lambdas`."""
         first = losses.TERMS[self.names[0]]
         later = len(self.names) - 1
+        # Without a truth, no weight on the data asks for an empty image: the range ends before.
+        unsupervised = not any(losses.TERMS[name].supervised for name in self.names)
         return {
             name: Dial(
                 sentence=f"weight of the {losses.TERMS[name].sentence} against {first.sentence}",
-                default=0.5 if later == 1 else 1 / (index + 2),
+                default=0.25 if unsupervised else 0.5 if later == 1 else 1 / (index + 2),
+                hi=0.9 if unsupervised else 1.0,
                 low=first.high,
                 high=losses.TERMS[name].high,
             )

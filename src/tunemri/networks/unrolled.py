@@ -30,16 +30,22 @@ class Unrolled(nn.Module):
     Arguments:
         stages: number of steps.
         width, levels: of the U-Nets.
+        silent: training begins with U_t = 0 and μ_t = ½. Where everything was sampled, as for denoising, μ = 1 undoes
+            whatever U_t says: from a loud start training soon finds that way out, and there nothing can be learned.
     """
 
     takes_batched_weights = True  # `steps` may be `(B, stages)`
 
-    def __init__(self, *, stages: int = 5, width: int = 16, levels: int = 3) -> None:
+    def __init__(self, *, stages: int = 5, width: int = 16, levels: int = 3, silent: bool = False) -> None:
         super().__init__()
         if stages < 1:
             raise errors.BadOption(f"found stages={stages}, expected at least 1", key="main")
-        self.steps = nn.Parameter(torch.ones(stages))
+        self.steps = nn.Parameter(torch.full((stages,), 0.5 if silent else 1.0))
         self.stages = nn.ModuleList([Trunk(4, 2, width, levels=levels) for _ in range(stages)])
+        if silent:
+            for stage in self.stages:
+                for parameter in stage.last.parameters():
+                    nn.init.zeros_(parameter)
 
     def forward(self, x0: Tensor, gram: Callable[[Tensor], Tensor]) -> Tensor:
         """x₀ = Aᴴy complex `(B, H, W)` and x ↦ AᴴAx → complex image `(B, H, W)`."""
