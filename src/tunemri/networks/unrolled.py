@@ -41,11 +41,12 @@ class Unrolled(nn.Module):
         if stages < 1:
             raise errors.BadOption(f"found stages={stages}, expected at least 1", key="main")
         self.steps = nn.Parameter(torch.full((stages,), 0.5 if silent else 1.0))
-        self.stages = nn.ModuleList([Trunk(4, 2, width, levels=levels) for _ in range(stages)])
+        trunks = [Trunk(4, 2, width, levels=levels) for _ in range(stages)]
         if silent:
-            for stage in self.stages:
-                for parameter in stage.last.parameters():
+            for trunk in trunks:
+                for parameter in trunk.last.parameters():
                     nn.init.zeros_(parameter)
+        self.stages = nn.ModuleList(trunks)
 
     def forward(self, x0: Tensor, gram: Callable[[Tensor], Tensor]) -> Tensor:
         """x₀ = Aᴴy complex `(B, H, W)` and x ↦ AᴴAx → complex image `(B, H, W)`."""
