@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from laws import folder_state, relative, scan
-from tunemri import cli, cluster, errors, evaluation, formats, methods
+from tunemri import cli, cluster, errors, evaluation, formats, jobs, methods
 from tunemri.errors import TunemriWarning
 from tunemri.evaluation import Case, Contestant
 from tunemri.simulate import phantom
@@ -274,7 +274,7 @@ def test_a_volume_in_parts_is_the_volume_at_once(coils, maps, run, tmp_path, mon
     monkeypatch.setattr(formats, "read", counted)
     for slices in (5, 2, 1):
         held.clear()
-        monkeypatch.setattr(cli, "_PART", slices * each)
+        monkeypatch.setattr(jobs, "_PART", slices * each)
         code, _, err = run("recon", "s.h5", "-m", "tv", "--set", "lam=0.01", "-o", "out.h5", "--overwrite")
         assert code == 0, err
         files.append((tmp_path / "out.h5").read_bytes())
@@ -320,7 +320,7 @@ def test_parts_of_a_selection_and_formats_that_wait_for_the_whole(run, tmp_path,
     write_scan(tmp_path / "s.h5", slices=5)
     whole, parts = [], []
     for part, found in ((2**26, whole), (2 * 8 * 3 * 24 * 20, parts)):
-        monkeypatch.setattr(cli, "_PART", part)
+        monkeypatch.setattr(jobs, "_PART", part)
         for out in ("out.npy", "out.nii.gz"):
             common = ("-m", "sense", "--slice", "1:5", "-o", out, "--overwrite")
             assert run("recon", "s.h5", *common)[0] == 0
@@ -331,7 +331,7 @@ def test_parts_of_a_selection_and_formats_that_wait_for_the_whole(run, tmp_path,
 
 
 def test_dark_slices_at_the_ends_have_no_image_and_a_dark_volume_is_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_PART", 2 * 8 * 20 * 24)
+    monkeypatch.setattr(jobs, "_PART", 2 * 8 * 20 * 24)
     s = scan((24, 20), slices=6)
     kspace = s.kspace.clone()
     kspace[:2] = kspace[5:] = 0

@@ -434,6 +434,28 @@ def test_the_two_levels_do_not_mix():
     assert relative(joint_lower["omega"], joint_upper["omega"]) > 1e-3, "both levels pull alike: nothing was tested"
 
 
+def test_differences_are_taken_in_full_precision():
+    """Under bfloat16 a displaced weight would not reach the convolutions at all."""
+    batch = example(0)
+    model = trained("penalty", checkpoint=True, hinge=0.0)
+
+    def pull() -> Tensor:
+        model.zero_grad()
+        model.training_plan = replace(model.training_plan, penalty=1.0)
+        model.loss(replace(batch, upper=example(1)), torch.Generator()).backward()
+        first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        model.training_plan = replace(model.training_plan, penalty=0.0)
+        model.loss(replace(batch, upper=example(1)), torch.Generator()).backward()
+        return torch.cat([(first[n] - p.grad).flatten() for n, p in model.named_parameters() if p.grad is not None])
+
+    plain = pull()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pull()
+    assert float(plain.norm()) > 0
+    assert relative(half, plain) < 0.05
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_magnitudes_tell_noise_in_the_dark_from_one_wrong_pixel(log):
     truth = torch.zeros(1, 16, 16, dtype=torch.complex64)

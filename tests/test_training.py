@@ -374,7 +374,7 @@ def test_a_recipe_from_images_to_weights(recipe, tmp_path):
     again = load(run / "model.safetensors")
     assert torch.equal(weights(made), weights(again))
     assert isinstance(again, HyperRecon)
-    assert set(again.trained) == {"acceleration", "size", "coils", "noise", "centre"}
+    assert set(again.trained) == {"acceleration", "size", "coils", "noise", "centre", "block"}
     assert again.trained["size"] == [followed["data"]["size"] // 2, 4 * followed["data"]["size"]]
     assert bool((again.scales > 0).all())
     assert not torch.equal(again.scales, torch.ones(2)), "scales were matched"

@@ -681,7 +681,7 @@ class TestCommand:
         assert swept.code == 0, swept.err
         rows = (file.parent / "swept" / "table.csv").read_text().splitlines()
         at = rows[0].split(",").index("dial_ssim")
-        assert [float(r.split(",")[at]) for r in rows[1:]] == pytest.approx([dial.at(i / 4) for i in range(5)])
+        assert [float(r.split(",")[at]) for r in rows[1:]] == [0, 0.25, 0.5, 0.75, 1]
         assert run("equalise", "small.safetensors", file, "-o", "even.safetensors").code == 2
         assert run("equalise", "small.safetensors", file, "-o", "even.h5").code == 2
         assert "ssim" in run("equalise", "small.safetensors", file, "--dial", "sim", "-o", "x.safetensors").errors[0]

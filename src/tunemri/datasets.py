@@ -140,10 +140,11 @@ def subjects(folder: str | Path, images: Mapping[str, Sequence[Tensor]]) -> dict
     if manifest.is_file():
         with manifest.open(newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
-                listed.setdefault(row.get("file", ""), []).append(row.get("subject") or "")
+                listed.setdefault(row.get("file") or "", []).append(row.get("subject") or "")
     found = {}
     for source, planes in images.items():
-        names = listed.get(SOURCES[source][0] if source in SOURCES else "", [""] * len(planes))
+        # A folder of one's own may hold a manifest of its own.
+        names = listed.get(SOURCES[source][0], [""] * len(planes)) if source in SOURCES else [""] * len(planes)
         if len(names) != len(planes):
             raise errors.UnreadableFile(
                 f"lists {len(names)} images of {source}, found {len(planes)}", file=manifest, help="copy it again"

@@ -561,7 +561,7 @@ class Consistency:
 
     @property
     def _followed(self) -> Tensor:
-        """What training took the mean of."""
+        """What training took the mean of (of the objective "relative": the plain sum)."""
         return (self.each + 1e-6).log() if self.logarithmic else self.each
 
     def records(self) -> list[dict[str, Any]]:

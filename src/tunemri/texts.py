@@ -49,11 +49,8 @@ def contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapol
     from .evaluation import Contestant
     from .methods import load
 
-    name, dials = text, {}
-    # A colon may also belong to a path: only `:key=value` at the end is a setting.
-    if "=" in text.rpartition(":")[2] and ":" in text and not Path(text).exists():
-        name, _, tail = text.rpartition(":")
-        dials = dict(as_pair(part, "model") for part in tail.split(","))
+    name, tail = _parted(text)
+    dials = dict(as_pair(part, "model") for part in tail.split(",")) if tail else {}
     # A sidecar's dials are what was used in the end, after whatever its model's text says.
     dials = {**dials, **earlier, **dict(as_pair(part, "set") for part in settings)}
     model = load(name)
@@ -65,9 +62,15 @@ def model_hash(text: str) -> str | None:
     """SHA-256 of the weights behind MODEL; None for a method without."""
     from .cards import bundled
 
-    name = text.rpartition(":")[0] if "=" in text.rpartition(":")[2] else text
+    name, _ = _parted(text)
     path = bundled().get(name, Path(name))
     return files.sha256(path) if path.is_file() else None
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """MODEL and what follows its colon. A colon may also belong to a path: only `:key=value` at the end is a setting."""
+    name, colon, tail = text.rpartition(":")
+    return (name, tail) if colon and "=" in tail and not Path(text).exists() else (text, "")
 
 
 def as_pair(text: str, key: str) -> tuple[str, str]:

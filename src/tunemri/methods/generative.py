@@ -94,9 +94,10 @@ class Draws:
         levels: of σ, geometric, through which it takes the noise away; of the paper's energy, which has none, steps
             between draws.
         spread: factor on the error that D had in training.
-        temperature: factor on the variance of the draws, so that intervals hold what they promise; from validation.
+        temperature: factor on the variance that is reported, so that intervals hold what they promise; from validation. The
+            draws themselves stay as they were drawn.
         inner: conjugate gradient steps, at most, with which the data are met at each.
-        seed: of all randomness.
+        seed: of all randomness; None: that of torch, which the option --seed of the command line sets.
     """
 
     chains: int = 4
@@ -108,7 +109,7 @@ class Draws:
     spread: float = 1.0
     temperature: float = 1.0
     inner: int = 10
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         counts = min(self.chains, self.samples, self.levels - 1, self.inner, self.burn_in + 1)
@@ -475,7 +476,7 @@ class Generative(Reconstructor):
             nu = noise_level(z, B) if noise is None else _positive(noise, "noise")
             sigmas = self._ladder(nu, plan.levels, plan.renew)
             b = B.H(z)
-            generator = torch.Generator().manual_seed(plan.seed)
+            generator = torch.Generator().manual_seed(torch.initial_seed() if plan.seed is None else plan.seed)
 
             def white(like: Tensor) -> Tensor:
                 shape = (plan.chains, *like.shape[1:])

@@ -174,7 +174,7 @@ class HyperRecon(Reconstructor):
         self.trained = dict(trained or {})
         self.arguments = {
             "main": dict(main), "widths": list(widths), "residual": residual, "form": form, "terms": list(terms),
-            "scales": "auto" if self.automatic else None, "faces": faces, "objective": objective,
+            "scales": scales if scales is None or isinstance(scales, str) else list(scales), "faces": faces, "objective": objective,
             "selection": None if self.selection is None else asdict(self.selection), "antithetic": antithetic,
             "backend": backend, "trained": self.trained,
         }  # fmt: skip

@@ -561,7 +561,12 @@ class MetaLearned(Reconstructor):
             )
             total = self._level(example, fixed=True) + (pull - pull.detach())
         else:
-            penalty = self._penalty_by_difference(example) if plan.checkpoint else self._penalty(example)
+            if plan.checkpoint:
+                # In full precision: half of it would round the differences away, and keeps old copies of the weights.
+                with torch.autocast(example.y.device.type, enabled=False):
+                    penalty = self._penalty_by_difference(example)
+            else:
+                penalty = self._penalty(example)
             total = self._level(upper) + plan.penalty * plan.growth ** int(self.steps) * penalty
         if self.training:
             self.steps += 1
