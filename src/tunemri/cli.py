@@ -740,11 +740,7 @@ def adapt(
 
     from . import methods, tuning
 
-    if output.suffix != ".safetensors":
-        raise errors.BadOption(f"found suffix {output.suffix!r}, expected .safetensors", file=output, key="output")
-    source = methods.bundled().get(model, Path(model))
-    for path in (source, *scans):
-        texts.check_output(output, path, overwrite)
+    source = _weights_behind(model, output, scans, overwrite)
     if reference and len(reference) != len(scans):
         raise errors.BadOption(f"found {len(reference)} for {len(scans)} scans", key="reference", help="one for each")
     if by not in (None, "reference", "heldout-kspace"):
@@ -778,15 +774,12 @@ def adapt(
         "model_sha256": files.sha256(source), "scans_sha256": [files.sha256(path) for path in scans], "seed": seed,
     }  # fmt: skip
     recipe = methods.card(source)["recipe"]
-    with files.write_with_record(output, overwrite=overwrite) as folder:
-        file = folder / output.name
-        methods.save(found.model, file, {**recipe, "adapted": [*recipe.get("adapted", []), console.plain(made)]})
-        facts = {
-            "ok": True, "out": str(output), "out_sha256": files.sha256(file), "model": model,
-            "scans": [str(path) for path in scans], "csm": csm, "slice": slices, "pays": found.pays, **made,
-            "seconds": time.perf_counter() - start,
-        }  # fmt: skip
-        console.sidecar(file, facts, overwrite=False)
+    facts = {
+        "model": model, "scans": [str(path) for path in scans], "csm": csm, "slice": slices, "pays": found.pays, **made,
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    recipe = {**recipe, "adapted": [*recipe.get("adapted", []), console.plain(made)]}
+    facts = _write_weights(found.model, output, recipe, facts, overwrite)
     _result(facts, as_json, f"{output}  {found.by}: {gain}  {facts['seconds']:.1f} s")
 
 
@@ -808,11 +801,7 @@ def equalise(
 
     from . import methods, tuning
 
-    if output.suffix != ".safetensors":
-        raise errors.BadOption(f"found suffix {output.suffix!r}, expected .safetensors", file=output, key="output")
-    source = methods.bundled().get(model, Path(model))
-    for path in (source, *scans):
-        texts.check_output(output, path, overwrite)
+    source = _weights_behind(model, output, scans, overwrite)
     trained = methods.load(model)
     start = time.perf_counter()
     loaded = [jobs.load(path, slices, csm, None)[0] for path in scans]
@@ -823,16 +812,12 @@ def equalise(
         "dials": dial or list(curves), "model_sha256": files.sha256(source),
         "scans_sha256": [files.sha256(path) for path in scans],
     }  # fmt: skip
-    recipe = methods.card(source)["recipe"]
-    with files.write_with_record(output, overwrite=overwrite) as folder:
-        file = folder / output.name
-        methods.save(even, file, {**recipe, "equalised": made})
-        facts = {
-            "ok": True, "out": str(output), "out_sha256": files.sha256(file), "model": model,
-            "scans": [str(path) for path in scans], "csm": csm, "slice": slices, "curves": curves, **made,
-            "seconds": time.perf_counter() - start,
-        }  # fmt: skip
-        console.sidecar(file, facts, overwrite=False)
+    facts = {
+        "model": model, "scans": [str(path) for path in scans], "csm": csm, "slice": slices, "curves": curves, **made,
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+    recipe = {**methods.card(source)["recipe"], "equalised": made}
+    facts = _write_weights(even, output, recipe, facts, overwrite)
     middle = _words({name: even.dials[name].at(0.5) for name in made["dials"]})
     _result(facts, as_json, f"{output}  the middle of the slider is now {middle}  {facts['seconds']:.1f} s")
 
@@ -993,6 +978,32 @@ def _kept(output: Path, doing: str) -> Iterator[Path]:
 
         with console.resumable(sentence):
             yield folder
+
+
+def _weights_behind(model: str, output: Path, scans: list[Path], overwrite: bool) -> Path:
+    """The file of MODEL, of which `output` is to be made; refused before any work where that cannot be."""
+    from .cards import bundled
+
+    if output.suffix != ".safetensors":
+        raise errors.BadOption(f"found suffix {output.suffix!r}, expected .safetensors", file=output, key="output")
+    source = bundled().get(model, Path(model))
+    for path in (source, *scans):
+        texts.check_output(output, path, overwrite)
+    return source
+
+
+def _write_weights(
+    model: Reconstructor, output: Path, recipe: dict[str, Any], facts: dict[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """Weights and their record, together; the facts of the record."""
+    from .methods import save
+
+    with files.write_with_record(output, overwrite=overwrite) as folder:
+        file = folder / output.name
+        save(model, file, recipe)
+        facts = {"ok": True, "out": str(output), "out_sha256": files.sha256(file), **facts}
+        console.sidecar(file, facts, overwrite=False)
+    return facts
 
 
 def _session(scan: Path | None, model: list[str], *, csm: str, reference: Path | None) -> Session:
