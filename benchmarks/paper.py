@@ -116,7 +116,8 @@ PARTS = [
     Part(
         name="across", chapter=ACROSS, title="All methods, all masks, the same scans", models=EVERY, show=show_across,
         about="No other package prints this table: every method and every mask family at 4×, each method at the best setting "
-        "that the reference could pick, and at the one that it chose from the measured samples alone.",
+        "that the reference could pick, and at the one that it chose from the measured samples alone. The models for denoising and "
+        "superresolution are outside of their task here.",
         split="val/, the middle slice of each subject, one coil, noise 0.5 % of the maximum; brought to a smaller matrix by a "
         "crop of k-space",
         commands={
