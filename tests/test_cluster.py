@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import warnings
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,26 @@ def test_here_and_elsewhere_give_the_same_errors_and_warnings_included():
     assert sorted(str(w.message) for w in there) == sorted(str(w.message) for w in here)
 
 
+class _OneDone(Executor):
+    """Does the first unit at once and keeps the others waiting, as a busy cluster does."""
+
+    def __init__(self):
+        self.futures = []
+
+    def submit(self, work, unit):
+        self.futures.append(future := Future())
+        if len(self.futures) == 1:
+            future.set_result(work(unit))
+        return future
+
+
 def test_leaving_the_loop_cancels_the_rest():
-    done = []
-    with ThreadPoolExecutor(1) as executor:
-        for _ in cluster.each(done.append, list(range(100)), executor):
-            break
-    assert len(done) < 100
+    executor = _OneDone()
+    loop = cluster.each(abs, list(range(100)), executor)
+    assert next(loop) == (0, 0)
+    assert not any(future.cancelled() for future in executor.futures)
+    loop.close()
+    assert [future.cancelled() for future in executor.futures] == [False] + 99 * [True]
 
 
 def test_a_worker_works_in_the_callers_folder_with_its_command_and_threads(tmp_path, monkeypatch):
