@@ -9,6 +9,9 @@ phase or a smooth one, noise of half a per cent of the maximum. Three settings o
     chosen      its main dial by `tunemri choose` for each scan: held-out samples and the noise level, no reference
     best        its main dial where the PSNR of this very scan is highest, by a search as long: nobody has this at a scanner
 
+A bundled model is left out of a mask that is another task than its own, by the acceleration and pattern in its header; one
+that is named with `-m` is not.
+
 Writes rows.csv (one row per reconstruction, with seconds and parameters) and, of the first mask, a strip of images for
 each subject. The same call goes on where it was stopped. Seconds are wall time of one thread.
 """
@@ -16,6 +19,7 @@ each subject. The same call goes on where it was stopped. Seconds are wall time 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -72,6 +76,9 @@ def main() -> None:
         print(f"\n{mask}: {len(group)} images of {len(subjects)} subjects, actual acceleration {actual:.2f}")
         found: list[Row] = []
         for name, model in entrants.items():
+            if not options.model and (why := another_task(model, group)):
+                print(f"  left out: {name} ({why})")
+                continue
             own, choosing = judged(name, model, group, options, kept)
             count = sum(p.numel() for p in model.parameters())
             for row in own:
@@ -81,7 +88,14 @@ def main() -> None:
             print("  " + line(name, own), flush=True)
         evaluation.write_csv(options.output / "rows.csv", complete(rows), overwrite=True)
         if number == 0:
-            pictures(found, group, list(entrants), options.output)
+            pictures(found, group, list(dict.fromkeys(row.labels["model"] for row in found)), options.output)
+
+
+def another_task(model: methods.Reconstructor, group: Sequence[Case]) -> str | None:
+    """Why these scans are no task of a model, None if they are one. Their noise and size may be new to it: scores tell."""
+    limited = copy.copy(model)
+    limited.trained = {key: model.trained[key] for key in ("acceleration", "block") if key in model.trained}
+    return next((words for case in group for words in limited.outside(methods.prepare(case.scan))), None)
 
 
 def cases(options: argparse.Namespace, mask: str) -> Iterator[Case]:

@@ -4,12 +4,14 @@
     python benchmarks/generative.py coils      the same with eight coils, in and out of distribution
     python benchmarks/generative.py posterior  intervals against errors, growth with acceleration, mixing of the chains
     python benchmarks/generative.py adapted    another anatomy: the weight from `tunemri choose`, without a reference
+    python benchmarks/generative.py regression the weight by a line through training subjects, against 1 and the best
     python benchmarks/generative.py joint      image and coil maps together on a raw scan with few calibration lines
     python benchmarks/generative.py speed      seconds and memory over sizes and coils
     python benchmarks/generative.py prior      what the prior believes without any data: samples, and a landscape
     python benchmarks/generative.py compare    two small energies trained for the same time: ours, and the paper's
 
-    [--data FOLDER] [--model WEIGHTS] [--supervised WEIGHTS] [--limit N] [--only PATTERN] [--real] [-o FOLDER]
+    [--data FOLDER] [--model WEIGHTS] [--supervised WEIGHTS] [--limit N] [--only PATTERN] [--real]
+    [--spline] [-o FOLDER]
 
 Scans of `masks` to `adapted` are simulated from validation images with smooth phase and noise of half a per cent of the
 maximum. TV gets, for each pattern, the weight that is best on the very images it is judged on; the prior takes what it
@@ -41,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tunemri
-from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers
+from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers, tuning
 from tunemri.evaluation import Case, Contestant, Row
 from tunemri.fourier import crop, ifft2
 from tunemri.masks import make_mask
@@ -72,11 +74,11 @@ MEAN_OF = ("Cartesian 4×, 8 %", "spiral 5×", "radial 6×")  # the bar of 1.5 d
 SHOWN = ("psnr", "nmse", "ssim")
 
 
-def images(options: argparse.Namespace, source: str) -> list[Tensor]:
-    """Validation images of one source, evenly spaced, the nearly empty ones left out; of a smaller matrix if asked for."""
+def images(options: argparse.Namespace, source: str, split: str = "val") -> list[Tensor]:
+    """Images of one source, evenly spaced, the nearly empty ones left out; of a smaller matrix if asked for."""
     planes = [
         x
-        for x in datasets.load_images(options.data / "val", [source])[source]
+        for x in datasets.load_images(options.data / split, [source])[source]
         if float((x.abs() > 0.1).float().mean()) > 0.15
     ]
     step = max(1, len(planes) // options.limit)
@@ -100,16 +102,19 @@ def cases(
 
 
 def judged(
-    mask: str, group: list[Case], contestants: Sequence[Contestant], keep: Path | None, points: int = 5
+    mask: str, group: list[Case], contestants: Sequence[Contestant], keep: Path | None, spline: bool = False
 ) -> list[Row]:
-    """Zero-filling, TV with its best weight, and the contestants, all on the same scans."""
-    tuned = evaluation.tune(group, TotalVariation(), points=points, rounds=2, keep=keep)
+    """Zero-filling, TV with its best weight, and the contestants, all on the same scans; intensities also by spline."""
+    tuned = evaluation.tune(group, TotalVariation(), points=5, rounds=2, keep=keep)
     entered = [
         Contestant(name="zero-filled", model=ZeroFilled()),
         Contestant(name="TV, tuned", model=TotalVariation(), dials=tuned.dials),
         *contestants,
     ]
-    rows = evaluation.evaluate(entered, group, metrics=SHOWN, keep=keep)
+    rows = evaluation.evaluate(entered, group, metrics=SHOWN, keep=keep, keep_images=spline)
+    if spline:
+        rows += evaluation.splined(rows, group, SHOWN)
+        entered += [replace(c, name=f"{c.name}, spline") for c in entered]
     print(f"\n{mask}: n = {len(group)}, actual acceleration {statistics.fmean(c.scan.acceleration for c in group):.2f}")
     for contestant in entered:
         own = [row for row in rows if row.labels["model"] == contestant.name]
@@ -166,7 +171,7 @@ def part_masks(options: argparse.Namespace) -> None:
     masks = [mask for mask in MASKS if options.only in mask]
     for mask in masks:
         group = list(cases(planes, options.source, mask, MASKS, 1, phase))
-        rows += judged(mask, group, contestants(options), options.keep)
+        rows += judged(mask, group, contestants(options), options.keep, options.spline)
     save(rows, options, f"masks-{options.source}{'-real' * options.real}")
     gain = {mask: mean(rows, "MAP", mask) - mean(rows, "TV, tuned", mask) for mask in masks}
     print()
@@ -219,6 +224,42 @@ def part_adapted(options: argparse.Namespace) -> None:
     for mask in MASKS:
         value = mean(rows, "MAP, chosen", mask) - mean(rows, "TV, tuned", mask)
         verdict(f"knee, MAP with chosen weight - TV, {mask} [dB]", value, value >= 0, "0")
+
+
+def part_regression(options: argparse.Namespace) -> None:
+    """One line through the best weights of training subjects; validation subjects with what it says of them."""
+    prior = loaded(options)
+    masks = [mask for mask in MASKS if options.only in mask]
+    seen, new = images(options, options.source, "train"), images(options, options.source)
+    known = [case for mask in masks for case in cases(seen, options.source, mask, MASKS, 1)]
+    truths = [case.reference for case in known if case.reference is not None]
+    found = tuning.fit_weight(prior, [case.scan for case in known], truths, slices=len(known))
+    line, weights = found.regression, sorted(row["lam"] for row in found.rows)
+    print(
+        f"log lam = {line.slope:.3g} rho {line.intercept:+.3g}, lam in [{line.floor:.3g}, {line.ceiling:.3g}], median of "
+        f"the best {statistics.median(weights):.3g}; R² {found.r2:.3f}, n = {len(weights)}"
+    )
+    print(
+        f"gain on scans left out of the line: {found.gain:+.3f} dB, 95 % interval {found.low:+.3f} to {found.high:+.3f}",
+        flush=True,
+    )
+    rows = []
+    for mask in masks:
+        print(f"\n{mask}: n = {len(new)}")
+        for case in cases(new, options.source, mask, MASKS, 1):
+            best = tunemri.choose(
+                case.scan, prior, by="reference", reference=case.reference, fixed={"estimate": "map"}, points=5, refine=2
+            )  # fmt: skip
+            entered = [
+                Contestant(name="lam 1", model=prior, dials={"estimate": "map", "lam": 1.0}),
+                Contestant(name="regression", model=found.model, dials={"estimate": "map"}),
+                Contestant(name="best lam", model=prior, dials=best.dials),
+            ]
+            rows += evaluation.evaluate(entered, [case], metrics=SHOWN)
+        for name in ("lam 1", "regression", "best lam"):
+            own = [row for row in rows if (row.labels["model"], row.labels["mask"]) == (name, mask)]
+            print(f"  {name:22} {spread(own)}   lam {[round(float(r.dials['lam']), 2) for r in own]}", flush=True)
+    save(rows, options, "regression")
 
 
 def part_posterior(options: argparse.Namespace) -> None:
@@ -446,7 +487,8 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
 
 
 PARTS = {
-    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "adapted": part_adapted, "joint": part_joint,
+    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "adapted": part_adapted,
+    "regression": part_regression, "joint": part_joint,
     "speed": part_speed, "one": part_one, "prior": part_prior, "compare": part_compare,
 }  # fmt: skip
 
@@ -469,6 +511,7 @@ def main() -> None:
     parser.add_argument(
         "--real", action="store_true", help="of `masks`: images without phase, and a prior that knows so"
     )
+    parser.add_argument("--spline", action="store_true", help="of `masks`: also with intensities by spline")
     parser.add_argument("--seconds", type=float, default=300, help="of training of each energy of `compare`")
     parser.add_argument("--seed", type=int, default=0, help="of `prior`")
     parser.add_argument("--keep", type=Path, help="folder that keeps finished rows, to go on from")

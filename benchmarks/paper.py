@@ -116,13 +116,13 @@ PARTS = [
     Part(
         name="across", chapter=ACROSS, title="All methods, all masks, the same scans", models=EVERY, show=show_across,
         about="No other package prints this table: every method and every mask family at 4×, each method at the best setting "
-        "that the reference could pick, and at the one that it chose from the measured samples alone. The models for denoising and "
-        "superresolution are outside of their task here.",
+        "that the reference could pick, and at the one that it chose from the measured samples alone. Models that were trained for "
+        "another task than such undersampling are left out.",
         split="val/, the middle slice of each subject, one coil, noise 0.5 % of the maximum; brought to a smaller matrix by a "
         "crop of k-space",
         commands={
             "quick": "across.py --data {data} -o {out} --sources ixi,oasis,siat --limit 1 --size 96 --choose 4 0 1",
-            "full": "across.py --data {data} -o {out}",
+            "full": "across.py --data {data} -o {out} --limit 1 --size 96 --choose 4 0 1",
         },
     ),
     Part(
@@ -203,7 +203,8 @@ PARTS = [
         commands={
             "quick": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 "
             "--supervised hyper-brain",
-            "full": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 10 --supervised hyper-brain",
+            "full": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 3 --size 128 "
+            "--samples 8 --supervised hyper-brain",
         },
         show=show_generative("masks-ixi.csv", {"ixi": 1}),
     ),
@@ -216,7 +217,8 @@ PARTS = [
         commands={
             "quick": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --no-mmse "
             "--supervised hyper-brain",
-            "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 3 --supervised hyper-brain",
+            "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 4 "
+            "--supervised hyper-brain",
         },
     ),
     Part(
@@ -225,7 +227,7 @@ PARTS = [
         split=ONE_EACH,
         commands={
             "quick": "generative.py posterior --data {data} -o {out} --source ixi --limit 1 --size 96",
-            "full": "generative.py posterior --data {data} -o {out} --source ixi --limit 3",
+            "full": "generative.py posterior --data {data} -o {out} --source ixi --limit 2 --size 96",
         },
         show=plainly({}, {"posterior.png": "Mean, error and standard deviation of one scan."}, printed=True),
     ),
@@ -235,7 +237,7 @@ PARTS = [
         "of a chain.",
         split="no data",
         commands={
-            "quick": "generative.py prior -o {out} --size 64 --moves 5", "full": "generative.py prior -o {out}",
+            "quick": "generative.py prior -o {out} --size 64 --moves 5", "full": "generative.py prior -o {out} --size 96",
         },
         show=plainly(
             {}, {"prior-samples.png": "Four chains.", "prior-landscape.png": "Landscape and the states of the chain."}, printed=True
@@ -245,7 +247,7 @@ PARTS = [
         name="generative-adapted", chapter=GEN, title="Another anatomy, the weight chosen without a reference",
         models=("energy-brain",), about="The weight from held-out samples, against TV at its best weight.",
         split="val/ knee, one slice of each of 3 subjects",
-        commands={"full": "generative.py adapted --data {data} -o {out} --keep {out} --limit 3"},
+        commands={"full": "generative.py adapted --data {data} -o {out} --keep {out} --limit 3 --size 96"},
         show=show_generative("adapted.csv", {}),
     ),
     Part(
@@ -258,7 +260,7 @@ PARTS = [
         name="generative-compare", chapter=GEN, title="Score matching against the paper's likelihood",
         about="Two small energies, ours and the paper's form with its way of training, for the same processor time.",
         split="trained on train/ ixi, judged on val/ ixi, 64²",
-        commands={"full": "generative.py compare --data {data} --source ixi --limit 4"}, show=plainly({}, printed=True),
+        commands={"full": "generative.py compare --data {data} --source ixi --limit 4 --seconds 180"}, show=plainly({}, printed=True),
     ),
     Part(
         name="generative-speed", chapter=GEN, title="Time and memory", models=("energy-brain",), split="a phantom",
@@ -273,7 +275,7 @@ PARTS = [
         split="T1: val/ oasis, 3 subjects; T2: val/ siat, 1 subject (so no interval); one coil, no noise",
         commands={
             "quick": "meta.py --data {data} -o {out} --size 96 --limit 3 " + " ".join(f"--table {n}" for n in range(1, 6)),
-            "full": "meta.py --data {data} -o {out} --train 2000",
+            "full": "meta.py --data {data} -o {out} --size 128 --limit 3 --train 1200 " + " ".join(f"--table {n}" for n in range(1, 6)),
         },
         show=show_meta,
     ),

@@ -177,6 +177,9 @@ def show_across(folder: Path, printed: str) -> list[Section]:
             cells: dict[str, Any] = {"method": name}
             for mask in masks:
                 own = [row for row in rows if (row.labels["model"], row.labels["mask"]) == (name, mask)]
+                if not own:  # left out
+                    cells[mask] = ""
+                    continue
                 at = {
                     setting: statistics.fmean(r.metrics[metric] for r in own if r.labels["setting"] == setting)
                     for setting in ("best", "chosen")
@@ -208,6 +211,11 @@ def show_across(folder: Path, printed: str) -> list[Section]:
         overall.append({"method": name, "setting": setting, **{k: v for k, v in line.items() if k != "model"}, **facts})
     caption = "n counts subjects; each is first averaged over all masks. Intervals: 95 %, Student's t over subjects."
     found.append(Numbers(title="Over all masks", records=overall, caption=caption))
+    if left := re.findall(r"^  left out: (.+)$", printed, re.MULTILINE):
+        once = {
+            line.partition(" ")[0]: line for line in left
+        }  # of each model; the numbers differ a little between masks
+        found.append(Printed(title="Left out, as trained for another task", text="\n".join(once.values())))
     words = "One window for all, errors five times as strong, at the setting that each method chose itself."
     return [*found, *pictures(folder, {f"images-{source}-*.png": words for source in OPEN})]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -481,6 +482,28 @@ def test_evaluate_and_its_gate(run, image, tiny):
     assert "psnr" in failed.err
 
 
+def test_evaluate_with_a_spline(run, tmp_path):
+    """Every row once more; those without are what they were."""
+    Path("images").mkdir()
+    common = ("evaluate", "-m", "zero-filled", "-m", "tv", "--data", "images", "--masks", "radial:3", "--noise", 0.05)
+    np.save("images/a.npy", phantom((32, 28), seed=0).numpy())
+    refused(run(*common, "--spline", "-o", "one"), "no_data", "no other to fit a spline to")
+    assert not Path("one").exists()
+    np.save("images/b.npy", phantom((32, 28), seed=1).numpy())
+    plain, both = run(*common, "-o", "plain", "--json"), run(*common, "--spline", "-o", "both", "--json")
+    assert (plain.code, both.code) == (0, 0), both.err
+    texts = [Path(f"{name}/rows.csv").read_text(encoding="utf-8") for name in ("plain", "both")]
+    rows = [list(csv.DictReader(text.splitlines())) for text in texts]
+    names = ["zero-filled", "tv", "zero-filled, spline", "tv, spline"]
+    assert [row["model"] for row in rows[0]] == names[:2] * 2
+    assert [row["model"] for row in rows[1]] == names[:2] * 2 + names[2:] * 2
+    for a, b, c in zip(rows[0], rows[1][:4], rows[1][4:], strict=True):
+        assert a["psnr"] == b["psnr"] != c["psnr"]
+        assert a["case"] == b["case"] == c["case"]
+    assert both.json["means"] == plain.json["means"]
+    assert "zero-filled, spline" in Path("both/table.md").read_text(encoding="utf-8")
+
+
 RECIPE = """
 method = "hyperrecon"
 [arguments]
@@ -515,6 +538,32 @@ def test_train_then_reconstruct(run, image, scan):
     refused(run("train", "recipe.toml", "-o", "other", "--set", "training.stepz=3"), "bad_option", "steps")
     refused(run("train", "recipe.toml", "-o", "other", "--set", "arguments.width=3"), "bad_option", "width")
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("terms", [("mae", "ssim", "tv"), ("mae", "ssim", "mse", "dc", "tv", "wavelet")], ids=len)
+def test_many_terms_are_trained_and_served_in_both_coordinates(terms, run, image, scan):
+    Path("images").mkdir()
+    image.rename("images/image.npy")
+    Path("recipe.toml").write_text(RECIPE)
+    result = run(
+        "train", "recipe.toml", "-o", "runs", "--set", f"arguments.terms={json.dumps(terms)}", "training.steps=2"
+    )
+    assert result.code == 0, result.err
+    model = "runs/model.safetensors"
+    assert list(run("info", model, "--json").json["dials"]) == sorted(terms[1:])
+    weights = [k + 1 for k in range(len(terms))]
+    asked = [f"w_{name}={w}" for name, w in zip(terms, weights, strict=True)]
+    found = run("recon", scan, "-m", model, "--set", *asked, "-o", "w.npy", "--json").json
+    shares = [w / sum(weights[: k + 1]) for k, w in enumerate(weights)][1:]
+    assert found["dials"] == pytest.approx(dict(zip(terms[1:], shares, strict=True)))
+    dials = [f"{name}={value}" for name, value in found["dials"].items()]
+    assert run("recon", scan, "-m", model, "--set", *dials, "-o", "d.npy").code == 0
+    assert run("recon", scan, "-m", f"{model}:{','.join(asked)}", "-o", "m.npy").code == 0
+    assert run("recon", "--from", "w.npy.json", "-o", "f.npy").code == 0
+    assert len({Path(f"{name}.npy").read_bytes() for name in "wdmf"}) == 1
+    assert run("recon", scan, "-m", model, "-o", "0.npy").code == 0
+    assert Path("0.npy").read_bytes() != Path("w.npy").read_bytes()
+    refused(run("recon", scan, "-m", model, "--set", asked[-1], "-o", "o.npy"), "bad_option", "w_mae, w_ssim")
 
 
 def test_training_is_stopped_by_sigterm_and_resumed(tmp_path, image):

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,29 @@ def test_leaving_the_loop_cancels_the_rest():
     assert not any(future.cancelled() for future in executor.futures)
     loop.close()
     assert [future.cancelled() for future in executor.futures] == [False] + 99 * [True]
+
+
+def test_what_is_done_does_not_wait_for_a_worker_that_is_a_thread():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(n: int) -> bool:
+        begun.set()
+        return n == 0 or go_on.wait(10)
+
+    class _OneThenTheOther(ThreadPoolExecutor):
+        def submit(self, call, unit):
+            begun.clear()
+            future = super().submit(call, unit)
+            assert begun.wait(10)
+            if unit == 0:
+                future.result(10)
+            return future
+
+    with _OneThenTheOther(1) as executor:
+        loop = cluster.each(work, [0, 1], executor)
+        assert next(loop) == (0, True)
+        go_on.set()
+        assert next(loop) == (1, True), "the first came only after the second"
 
 
 def test_a_worker_works_in_the_callers_folder_with_its_command_and_threads(tmp_path, monkeypatch):

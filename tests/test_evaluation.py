@@ -352,3 +352,62 @@ def test_cases_know_whose_they_are(tmp_path):
     (tmp_path / "MANIFEST.csv").write_text("\n".join(lines[:-1]))
     with pytest.raises(errors.UnreadableFile, match="lists 2 images of ixi, found 3"):
         datasets.subjects(tmp_path, images)
+
+
+class TestSpline:
+    """Reconstructions that are g times the truth: what was learned from others shows as 1/g of theirs."""
+
+    def made(self, gains, subjects=None, **more):
+        x = torch.linspace(0, 1, 180).view(1, 12, 15)
+        cases = [
+            replace(case(), name=f"c{k}", reference=x, labels={"subject": s} if s else {})
+            for k, s in enumerate(subjects or [""] * len(gains))
+        ]
+        rows = [
+            Row(labels={"model": "m", "case": c.name, **c.labels}, image=g * x + 0j, metrics={"mae": 9.0}, **more)
+            for g, c in zip(gains, cases, strict=True)
+        ]
+        return rows, cases, float(x.mean())
+
+    def test_the_judged_image_is_not_among_those_it_learns_from(self):
+        rows, cases, top = self.made([2.0, 4.0])
+        out = evaluation.splined(rows, cases, ["mae"])
+        assert [row.labels["model"] for row in out] == ["m, spline"] * 2
+        assert all(row.image is None for row in out)
+        # The first, twice too bright, through the curve of the second: half of what it should be.
+        assert out[0].metrics["mae"] == pytest.approx(top / 2, rel=1e-4)
+        # The second is brighter than all that the first has shown, so half of it ends at the maximum.
+        assert out[1].metrics["mae"] == pytest.approx(top / 2, rel=0.01)
+        assert rows[0].metrics == {"mae": 9.0}
+
+    def test_nor_is_any_other_of_its_subject(self):
+        rows, cases, top = self.made([2.0, 2.0, 4.0], ["a", "a", "b"])
+        out = evaluation.splined(rows, cases, ["mae"])
+        assert [row.metrics["mae"] for row in out[:2]] == pytest.approx([top / 2] * 2, rel=1e-4)
+        rows, cases, top = self.made([2.0, 2.0], ["a", "a"])  # no other subject: then another image
+        out = evaluation.splined(rows, cases, ["mae"])
+        assert [row.metrics["mae"] for row in out] == pytest.approx([0, 0], abs=1e-5)
+
+    def test_settings_and_masks_learn_apart(self):
+        rows, cases, _ = self.made([2.0, 2.0])
+        more, _, _ = self.made([4.0, 4.0], dials={"lam": 3.0}, given=("lam",))
+        both = evaluation.splined(rows + more, cases, ["mae"])
+        assert [row.metrics["mae"] for row in both] == pytest.approx([0] * 4, abs=1e-5)
+        assert both[2].dials == {"lam": 3.0}
+
+    def test_a_smaller_reference_is_compared_with_the_centre(self):
+        rows, cases, _ = self.made([2.0, 2.0])
+        cases = [replace(c, reference=c.reference[:, 2:10, 3:12]) for c in cases]
+        assert evaluation.splined(rows, cases, ["mae"])[0].metrics["mae"] == pytest.approx(0, abs=1e-5)
+
+    def test_what_cannot_be_is_refused(self):
+        rows, cases, _ = self.made([2.0, 2.0])
+        with pytest.raises(errors.NoData, match="only image of its kind"):
+            evaluation.splined(rows[:1], cases)
+        for wrong in (
+            [replace(r, image=None) for r in rows],
+            [replace(r, labels={**r.labels, "case": "?"}) for r in rows],
+            [replace(r, labels={}) for r in rows],
+        ):
+            with pytest.raises(errors.NoData, match="no image or no reference"):
+                evaluation.splined(wrong, cases)

@@ -61,6 +61,33 @@ def test_presets_have_the_published_counts_and_no_dead_weight():
     assert sum(p.numel() for p in conference.parameters()) == 592_002
 
 
+@pytest.mark.parametrize("terms", [("mae", "ssim"), ("mae", "ssim", "mse", "dc", "tv", "wavelet")], ids=len)
+def test_weights_are_the_dials_in_other_coordinates(terms):
+    model = small(terms=terms)
+    for w in torch.cat([losses.sample_weights(5, len(terms), torch.Generator().manual_seed(0)), torch.eye(len(terms))]):
+        dials = model.as_dials({f"w_{name}": str(7 * float(v)) for name, v in zip(terms, w, strict=True)})
+        assert list(dials) == list(model.dials)
+        assert model.check_dials(dials) == dials
+        assert torch.allclose(model.weights(1, dials)[0], w, atol=1e-6)
+    assert model.as_dials({"ssim": 0.3}) == {"ssim": 0.3}
+    assert model.as_dials({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"w_mae": 0.5, "w_ssim": 0.5}, "expected w_mae, w_ssim, w_tv"),
+        ({"w_mae": 0.5, "w_ssim": 0.5, "w_tv": 0.1, "tv": 0.2}, "expected w_mae, w_ssim, w_tv"),
+        ({"w_mae": 0, "w_ssim": 0, "w_tv": 0}, "zeros alone"),
+        ({"w_mae": 1, "w_ssim": -1, "w_tv": 0}, "w_ssim"),
+        ({"w_mae": "much", "w_ssim": 0, "w_tv": 0}, "w_mae"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(given, words):
+    with pytest.raises(errors.BadOption, match=words):
+        small(terms=("mae", "ssim", "tv")).as_dials(given)
+
+
 def test_dials_come_from_the_loss_terms():
     model = small(terms=("mae", "ssim", "tv"))
     assert list(model.dials) == ["ssim", "tv"]

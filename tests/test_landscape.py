@@ -18,6 +18,7 @@ from test_cli import image, run, tiny  # noqa: F401  the fixtures
 from test_plots_report import pixels
 from test_reconstructors import SMALL
 from tunemri import errors, evaluation, losses, methods, metrics, plots
+from tunemri.datasets import Example
 from tunemri.evaluation import Case, Contestant, Row
 from tunemri.fourier import crop
 from tunemri.landscape import (
@@ -33,7 +34,7 @@ from tunemri.landscape import (
 )
 from tunemri.masks import make_mask
 from tunemri.methods import Dial, Reconstructor, prepare, reconstruct
-from tunemri.operators import LinearOperator
+from tunemri.operators import LinearOperator, encoding
 from tunemri.scan import Reconstruction
 from tunemri.simulate import phantom, sample, simulate
 
@@ -430,6 +431,25 @@ def test_self_consistency_of_a_hypernetwork_with_every_kind_of_term():
         self_consistency(supervised, [c], [{"ssim": 0.5}])
     with pytest.raises(errors.BadOption, match="weighs no losses"):
         self_consistency(methods.load("tv"), [c], [{"lam": 0.01}])
+
+
+@pytest.mark.parametrize("objective", ["log", "mean", "relative"])
+def test_the_diagonal_is_what_training_takes_the_mean_of(objective, monkeypatch):
+    torch.manual_seed(0)
+    options = {**SMALL["hyperrecon"], "terms": ["dc", "tv", "l1"], "scales": [0.5, 2.0, 3.0], "objective": objective}
+    model = methods.make("hyperrecon", options)
+    c = dataclasses.replace(case(slices=2), reference=None)
+    settings = [{"tv": 0.1, "l1": 0.2}, {"tv": 0.9, "l1": 0.0}]
+    found = self_consistency(model, [c], settings)
+    ready = prepare(c.scan)
+    example = Example(y=ready.kspace, A=encoding(ready), target=None)
+    for row, setting in enumerate(settings):
+        w = model.weights(len(ready), {name: torch.full((len(ready),), t) for name, t in setting.items()})
+        monkeypatch.setattr(model, "_draw", lambda batch, generator, w=w: w)
+        loss = float(model.loss(example, torch.Generator().manual_seed(0)).detach())
+        assert float(found.loss[row, row].log() if objective == "log" else found.loss[row, row]) == pytest.approx(
+            loss, rel=1e-4
+        )
 
 
 # ---------------------------------------------------------------- histogram and Dice

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tunemri import errors, metrics
 from tunemri.metrics import METRICS
+from tunemri.simulate import phantom
 
 SHAPES = [(1, 16, 16), (3, 17, 24), (2, 40, 9)]
 
@@ -184,6 +185,72 @@ def test_foreground_is_where_the_signal_is():
     x[:, 0, 0] = 0.05
     assert int(metrics.foreground(x).sum()) == 100
     assert torch.equal(metrics.foreground(x), metrics.foreground(1e4 * x * 1j))
+
+
+def bent(x):
+    """A rising curve that is no spline, with an offset: what intensities may have wrong."""
+    return 0.05 + 0.9 * x.clamp(min=0) ** 1.5
+
+
+@pytest.mark.parametrize("knots", [0, 5])
+def test_a_spline_leaves_alone_what_is_right(knots):
+    x = [volume((1, 17, 24), seed=s)[1] for s in range(3)]
+    same = metrics.intensity_spline(x[:2], x[:2], knots=knots)
+    inside = x[2].clamp(float(min(v.min() for v in x[:2])), float(max(v.max() for v in x[:2])))
+    assert float((same(inside) - inside).abs().max()) <= 1e-6 * float(inside.max())
+    assert same(x[2]).dtype == x[2].dtype
+
+
+def test_a_spline_undoes_a_curve_that_it_learned_elsewhere():
+    x = [phantom((40, 36), seed=s)[None] for s in range(3)]
+    # Of other shapes, and complex: what counts is intensity.
+    others = [bent(x[0]), bent(x[1])[:, :30] * 1j]
+    curve = metrics.intensity_spline(others, [x[0], x[1][:, :30]])
+    before, after = metrics.psnr(bent(x[2]), x[2]), metrics.psnr(curve(bent(x[2])), x[2])
+    assert after > before + 10
+    rising = curve(bent(torch.linspace(0, 1, 200)).view(1, 20, 10)).flatten()
+    assert bool((rising.diff() > -1e-4).all())
+
+
+def test_a_spline_is_level_outside_and_where_there_is_one_intensity():
+    x = torch.linspace(0.2, 0.8, 60).view(1, 6, 10)
+    curve = metrics.intensity_spline([x], [2 * x])
+    assert float(curve(torch.full((1, 2, 2), 9.0))[0, 0, 0]) == pytest.approx(1.6)
+    assert float(curve(torch.zeros(1, 2, 2))[0, 0, 0]) == pytest.approx(0.4)
+    level = metrics.intensity_spline([torch.full((1, 6, 10), 0.3)], [x])
+    assert torch.allclose(level(x), x.mean().expand_as(x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 12))
+def test_no_spline_breaks_on_ties(seed, different, knots):
+    """Few intensities, most pixels in one of them: least squares is then exact at no more places than there are."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.rand(different, generator=g) ** 8
+    x = values[(torch.rand(1, 9, 11, generator=g) ** 4 * different).long().clamp(max=different - 1)]
+    y = torch.rand(x.shape, generator=g)
+    fitted = metrics.intensity_spline([x], [y], knots=knots)(x)
+    assert bool(fitted.isfinite().all())
+    # The constant is a spline, too: never farther from y than that.
+    assert float((fitted - y).square().mean()) <= float((y - y.mean()).square().mean()) * (1 + 1e-4)
+
+
+def test_a_spline_refuses_what_it_cannot_learn_from():
+    x = torch.rand(1, 6, 7)
+    for images, references, kind in (
+        ([], [], errors.NoData),
+        ([x], [], errors.NoData),
+        ([x], [x[:, :5]], errors.InconsistentShapes),
+        ([x * math.nan], [x], errors.NonFinite),
+        ([x], [x * math.inf], errors.NonFinite),
+        ([x[0]], [x[0]], errors.UnsupportedLayout),
+    ):
+        with pytest.raises(kind):
+            metrics.intensity_spline(images, references)
+    with pytest.raises(errors.BadOption, match="knots"):
+        metrics.intensity_spline([x], [x], knots=-1)
+    with pytest.raises(errors.NonFinite):
+        metrics.intensity_spline([x], [x])(x * math.nan)
 
 
 def test_score_takes_magnitudes_and_names():

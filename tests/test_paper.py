@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import re
@@ -16,10 +17,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tunemri import evaluation
-from tunemri.evaluation import Row
+from tunemri import evaluation, methods
+from tunemri.evaluation import Case, Row
+from tunemri.masks import make_mask
 from tunemri.report import Picture
-from tunemri.simulate import phantom
+from tunemri.simulate import phantom, simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,6 +108,41 @@ def test_across_families(tables, tmp_path):
     ]  # fmt: skip
     assert overall[1]["PSNR − TV at its best"] == "-0.50 (-0.50 to -0.50)"
     assert [s.png for s in found if isinstance(s, Picture)] == [b"open"]
+    (tmp_path / "rows.csv").unlink()
+    written(tmp_path, "rows.csv", [r for r in rows if r.labels["model"] == "tv" or r.labels["mask"] == "radial"])
+    printed = "radial: 2 images\n  left out: sharper (why)\npoisson: 2 images\n  left out: sharper (why)\n"
+    found = tables.show_across(tmp_path, printed)
+    assert numbers(found, "PSNR [dB], best setting / self-chosen setting")[1]["poisson"] == ""
+    assert [s.text for s in found if isinstance(s, tables.Printed)] == ["sharper (why)"]
+
+
+def test_a_model_enters_where_undersampling_is_its_task(paper):
+    across = importlib.import_module("across")
+    models = {name: methods.load(name) for name in methods.bundled()}
+
+    def entering(mask: str, acceleration: float) -> set[str]:
+        pattern = make_mask(mask, (128, 120), acceleration)
+        group = [Case(name="a", scan=simulate(phantom((128, 120))[None], mask=pattern, coils=1, noise=0.005)[0])]
+        return {name for name, model in models.items() if across.another_task(model, group) is None}
+
+    others = {"hyper-brain-denoising", "hyper-brain-superresolution"}
+    assert entering("random", 4) == entering("poisson", 4) == entering("radial", 4) == set(models) - others
+    assert "hyper-brain-superresolution" in entering("centre", 4)
+    assert "hyper-brain-denoising" in entering("full", 1)
+    assert "hyper-brain" not in entering("full", 1)
+
+
+def test_what_is_left_out_is_said_and_has_no_row(paper, folder, monkeypatch, capsys):
+    across = importlib.import_module("across")
+    bundled = methods.bundled()
+    monkeypatch.setattr(methods, "METHODS", {name: methods.METHODS[name] for name in ("zero-filled", "hyperrecon")})
+    monkeypatch.setattr(methods, "bundled", lambda: {"hyper-brain-denoising": bundled["hyper-brain-denoising"]})
+    words = f"--data {folder / 'data'} -o {folder / 'o'} --sources ixi --limit 1 --masks radial".split()
+    monkeypatch.setattr(sys, "argv", ["across.py", *words])
+    across.main()
+    assert "left out: hyper-brain-denoising (acceleration" in capsys.readouterr().out
+    with (folder / "o/rows.csv").open() as file:
+        assert {row["model"] for row in csv.DictReader(file)} == {"zero-filled"}
 
 
 def test_yardstick_is_met_only_above_every_ratio(tables, tmp_path):

@@ -31,6 +31,7 @@ from tunemri import errors, formats
 from tunemri.evaluation import Contestant
 from tunemri.fourier import fft2
 from tunemri.methods import METHODS, Dial, Reconstructor, prepare, reconstruct
+from tunemri.methods.hyperrecon import HyperRecon
 from tunemri.scan import Geometry, Reconstruction, select
 from tunemri.simulate import phantom
 from tunemri.tuning import choose
@@ -74,7 +75,10 @@ class Posterior(Reconstructor):
         return Reconstruction(
             image=x, dials={"lam": lam, "estimate": estimate}, variance=sd**2 if estimate == "mmse" else None,
             samples=torch.stack((x + sd, x - sd), 1) if estimate == "mmse" else None,
-            stats={"r_hat": [1.02], "odd": float("nan"), "certificate": [certificate], "long": "x" * 10**6},
+            stats={
+                "r_hat": [1.02], "chains": [{"temperature": 4.0}], "odd": float("nan"), "certificate": [certificate],
+                "long": "x" * 10**6,
+            },
         )  # fmt: skip
 
 
@@ -188,11 +192,24 @@ def test_variance_and_what_a_method_counted_reach_the_page():
     assert np.allclose(got.arrays["std"], np.abs(complex_image(got)) / 2, rtol=1e-3)
     x = torch.from_numpy(complex_image(got))
     assert np.allclose(got.arrays["samples"], torch.stack((x + x.abs() / 2, x - x.abs() / 2)).abs(), rtol=1e-3)
+    assert "is 2 times theirs" in got.head["draws"]
     stats = json.loads(json.dumps(got.head["stats"], allow_nan=False))
     assert stats["r_hat"] == 1.02, "of one slice, not a list"
     assert stats["odd"] is None
     assert stats["certificate"]["psi"] == [3.0, 2.0, 1.5]
     assert "long" not in stats
+
+
+def test_a_range_of_many_dials_is_made_once():
+    torch.manual_seed(0)
+    terms = ("mae", "ssim", "mse", "dc", "tv")
+    model = HyperRecon(main={"name": "unrolled", "stages": 1, "width": 2}, widths=[2, 2], terms=terms)
+    s = Session(scan((12, 10)), [Contestant(name="five", model=model)])
+    request = s.read({"slot": "range", "number": 1})
+    coarse = s.basis(request, fine=False)
+    assert len(coarse.settings) == 3**4
+    assert s.basis(request) is coarse
+    assert s.about().head["models"][0]["terms"] == list(terms)
 
 
 def test_letters_only_where_a_header_says_so():

@@ -26,6 +26,7 @@ from test_viewer import Posterior, Slow, served
 from tunemri import cli, formats
 from tunemri.evaluation import Contestant
 from tunemri.methods import Dial, Reconstructor, reconstruct
+from tunemri.methods.hyperrecon import HyperRecon
 from tunemri.scan import Reconstruction
 from tunemri.simulate import phantom
 from tunemri.viewer import Session, export, server
@@ -446,6 +447,7 @@ def test_a_variance_lights_up_its_tab_and_a_certificate_its_report(browser):
         first = v.pixels("v.std.draws.picture.canvas")
         v.page.click(".uncertainty button[title='the next']")
         assert not np.array_equal(v.pixels("v.std.draws.picture.canvas"), first)
+        assert "is 2 times theirs" in v.page.inner_text(".uncertainty figure:nth-child(3) .facts")
         v.page.click(".uncertainty button[title='the next']")
         assert np.array_equal(v.pixels("v.std.draws.picture.canvas"), first), "there are two, in turn"
         grey = v.pixels("v.std.mean.canvas")
@@ -696,6 +698,42 @@ def test_a_pad_turns_two_dials_at_once_and_a_word_has_a_menu(browser):
         assert not np.array_equal(v.exact(), image)
         v.page.click("[data-tab=landscape]")
         v.until("v.land.length && !v.dirty.size")
+        v.close()
+
+
+def test_several_terms_have_sliders_in_both_coordinates(browser):
+    torch.manual_seed(0)
+    terms = ("mae", "ssim", "tv", "dc")
+    model = HyperRecon(main={"name": "unrolled", "stages": 1, "width": 2}, widths=[4, 2], terms=terms)
+    measured = scan(SHAPE, noise=0.02)
+    with served(Session(measured, [Contestant(name="four", model=model)])) as link:
+        v = Page(browser, link)
+        assert v.page.locator("input[type=range][aria-label^='weight of']").count() == 0
+        before = model.weights(1, v.js("v.a.want.dials"))[0]
+        v.page.check(".sliders label input")
+        shown = [float(v.page.input_value(f"input[aria-label='weight of {name}, value']")) for name in terms]
+        assert shown == pytest.approx(before.tolist(), abs=1e-3)
+        v.page.fill("input[aria-label='weight of ssim, value']", "0.7")
+        v.page.keyboard.press("Enter")
+        expected = before * (1 - 0.7) / (1 - before[1])
+        expected[1] = 0.7
+        dials = v.js("v.a.want.dials")
+        assert model.weights(1, dials)[0].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+        assert np.array_equal(v.exact(), reconstruct(measured, model, **dials).image[0].numpy())
+        held = v.js("v.weights()")
+        box = "input[type=range][aria-label='weight of dc']"
+        b = v.box(box)
+        v.page.mouse.move(b["x"] + (0.1 + 0.8 * held[3]) * b["width"], b["y"] + b["height"] / 2)
+        v.page.mouse.down()
+        for place in (1.2, 0.5):  # into the corner, where the others are nothing, and back
+            v.page.mouse.move(b["x"] + place * b["width"], b["y"] + b["height"] / 2)
+        v.page.mouse.up()
+        v.settle()
+        now = v.js("v.weights()")
+        assert now[3] == pytest.approx(0.5, abs=0.05)
+        assert [w / now[1] for w in now[:3]] == pytest.approx([w / held[1] for w in held[:3]], abs=0.01)
+        v.page.uncheck(".sliders label input")
+        assert v.page.input_value("input[aria-label='tv, value']") == f"{v.js('v.a.want.dials.tv'):.4g}"
         v.close()
 
 

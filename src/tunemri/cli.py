@@ -735,10 +735,11 @@ def adapt(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Re-learn the task weight of a model from a few scans; written only if it pays, which is measured."""
+    """Re-learn a task weight, or how the weight of a prior follows a scan, from a few; written only if that pays."""
     import time
 
     from . import methods, tuning
+    from .methods.generative import Generative
 
     source = _weights_behind(model, output, scans, overwrite)
     if reference and len(reference) != len(scans):
@@ -748,6 +749,12 @@ def adapt(
             f"found {by!r}", key="by", help=errors.did_you_mean(str(by), ("reference", "heldout-kspace"))
         )
     trained = methods.load(model)
+    if isinstance(trained, Generative):  # it has no task; what follows the scan is the weight that it suggests
+        if by == "heldout-kspace":
+            raise errors.BadOption(
+                "how the weight of a prior follows a scan is fitted to ground truth", key="by", help="--by reference"
+            )
+        by = "reference"
     start = time.perf_counter()
     truths_given: list[Path | None] = [*reference] if reference else [None] * len(scans)
     loaded = [jobs.load(s, slices, csm, r) for s, r in zip(scans, truths_given, strict=True)]
@@ -755,21 +762,29 @@ def adapt(
     if by == "reference" and len(truths) < len(scans):
         raise errors.NoData(
             f"{len(scans) - len(truths)} of {len(scans)} scans have no ground truth", key="reference",
-            help="--reference FILE for each scan, or --by heldout-kspace",
+            help="--reference FILE for each scan" + ("" if isinstance(trained, Generative) else ", or --by heldout-kspace"),
         )  # fmt: skip
     use = by != "heldout-kspace" and len(truths) == len(scans)
+    data = [scan for scan, _ in loaded]
+    found: tuning.WeightFit | tuning.Adaptation
     with console.progress("adapt") as bar:
-        found = tuning.adapt(
-            trained, [scan for scan, _ in loaded], truths if use else None, csm=csm, seed=seed, progress=bar
-        )
+        if isinstance(trained, Generative):
+            found = tuning.fit_weight(trained, data, truths, csm=csm, progress=bar)
+        else:
+            found = tuning.adapt(trained, data, truths if use else None, csm=csm, seed=seed, progress=bar)
     gain = f"{found.gain:+.3f} dB, 95 % interval {found.low:+.3f} to {found.high:+.3f} over {found.units} {found.over}"
     if not found.pays and not anyway:
         raise errors.NoData(
             f"{found.by}: gain {gain}: may be none, so nothing was written", file=output, key="gain",
             help="the weights that you have serve these scans as well; more scans, or --anyway",
         )  # fmt: skip
+    what: dict[str, Any] = (
+        {"regression": vars(found.regression), "r2": found.r2}
+        if isinstance(found, tuning.WeightFit)
+        else {"shift": found.shift}
+    )
     made = {
-        "shift": found.shift, "by": found.by, "gain_db": found.gain, "interval_db": [found.low, found.high],
+        **what, "by": found.by, "gain_db": found.gain, "interval_db": [found.low, found.high],
         "units": found.units, "over": found.over, "ratios": found.ratios, "tried": found.rows,
         "model_sha256": files.sha256(source), "scans_sha256": [files.sha256(path) for path in scans], "seed": seed,
     }  # fmt: skip
@@ -851,6 +866,10 @@ def evaluate(
         int,
         Option("--grid", min=0, help="points along the dial of each trained model; 0: its given or default setting"),
     ] = 0,
+    spline: Annotated[
+        bool,
+        Option("--spline", help="score every image once more, its intensities fitted to the reference on other images"),
+    ] = False,
     landscape: Annotated[
         int,
         Option(
@@ -903,8 +922,8 @@ def evaluate(
         files.write_folder_atomically(output, overwrite=overwrite) as folder,
     ):
         rows, text = scoring.run(
-            contestants, plan, folder, metrics=names, tune=tune, grid=grid, atlas=atlas, keep=unfinished,
-            executor=executor, progress=bar,
+            contestants, plan, folder, metrics=names, tune=tune, grid=grid, spline=spline, atlas=atlas,
+            keep=unfinished, executor=executor, progress=bar,
         )  # fmt: skip
         means = scoring.means(rows, contestants[0].name, names)
         failed = scoring.below(means, {name: texts.as_number(value, name) for name, value in gates.items()})

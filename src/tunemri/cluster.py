@@ -100,9 +100,10 @@ def each(
         for future in as_completed(futures):
             try:
                 outcome, said = future.result()
-                with _AT_WORK:  # a worker may be a thread of this process
-                    for message, word in said:
-                        errors.warn(message, word)
+                if said:
+                    with _AT_WORK:  # a worker may be a thread of this process
+                        for message, word in said:
+                            errors.warn(message, word)
             except (Exception, CancelledError) as error:
                 outcome = _translated(error)
             yield futures[future], outcome

@@ -2,6 +2,7 @@
 
     grid      slider positions → values             sweep     one scan along the dials → rows with images
     tune      the best setting over some scans      evaluate  contestants × cases → rows
+    splined   rows with images → the same, intensities fitted to the reference on other images
     rows      → records (flat) → CSV, summary, Markdown, paired difference, curve along a dial
 
 A row is one reconstruction. Nothing here draws, prints or chooses a device.
@@ -35,7 +36,7 @@ from . import __version__, cluster, errors, files
 from .fourier import crop
 from .methods import load
 from .methods.base import Dial, Reconstructor, prepare, reconstruct
-from .metrics import known, score, shown
+from .metrics import intensity_spline, known, score, shown
 from .scan import Scan
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "markdown",
     "paired",
     "records",
+    "splined",
     "summarise",
     "sweep",
     "table",
@@ -484,6 +486,74 @@ def fingerprint(plan: Any, model: Reconstructor | None = None, cases: Sequence[C
 def _add(digest: Any, name: str, x: Tensor) -> None:
     digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
     digest.update(x.detach().cpu().contiguous().numpy().tobytes())
+
+
+def splined(rows: Sequence[Row], cases: Iterable[Case], metrics: Sequence[str] = METRICS_SHOWN) -> list[Row]:
+    """Every row once more, its image through the intensity spline that *other* images of the same kind ask for.
+
+    Of the same kind are rows that share all labels but case and subject, and the dials that were given. The spline (see
+    `metrics.intensity_spline`) never sees the subject that it is used on, nor, where there is but one, the image.
+
+    Arguments:
+        rows: from `evaluate`, with their images.
+        cases: those of the rows, with references.
+        metrics: keys of METRICS.
+
+    Returns:
+        rows without image, in order, of models called `NAME, spline`.
+
+    Raises:
+        NoData: a row without image or reference, or with no other image of its kind.
+    """
+    truths = {_place(dict(case.labels) | {"case": case.name}): case.reference for case in cases}
+    kinds: dict[Any, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(_kind(row), []).append(row)
+    pairs = {id(row): _compared(row, truths.get(_place(row.labels))) for row in rows}
+    found: dict[tuple[Any, str], Callable[[Tensor], Tensor]] = {}
+    out = []
+    for row in rows:
+        kind, members = _kind(row), kinds[_kind(row)]
+        several = len({_subject(other) for other in members}) > 1
+        whose = _subject if several else _case
+        if (key := (kind, whose(row))) not in found:
+            others = [pairs[id(other)] for other in members if whose(other) != whose(row)]
+            if not others:
+                raise errors.NoData(
+                    f"{_case(row)} is the only image of its kind: no other to fit a spline to", key="spline",
+                    help="more images, or scores without it",
+                )  # fmt: skip
+            found[key] = intensity_spline(*zip(*others, strict=True))
+        image, truth = pairs[id(row)]
+        labels = {**row.labels, "model": f"{row.labels['model']}, spline"}
+        out.append(replace(row, labels=labels, image=None, metrics=score(found[key](image), truth, metrics)))
+    return out
+
+
+def _place(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, text) for name, text in labels.items() if name != "model"))
+
+
+def _kind(row: Row) -> Any:
+    labels = sorted((name, text) for name, text in row.labels.items() if name not in ("case", "subject"))
+    return tuple(labels), tuple((name, row.dials.get(name)) for name in row.given)
+
+
+def _case(row: Row) -> str:
+    return row.labels.get("case", "")
+
+
+def _subject(row: Row) -> str:
+    """Whose image it is; of one that nobody says it of, the image itself."""
+    return row.labels.get("subject") or f"\n{_case(row)}"
+
+
+def _compared(row: Row, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The image of a row and its truth, as `evaluate` compares them."""
+    if row.image is None or reference is None:
+        raise errors.NoData(f"{_case(row)} has no image or no reference", key="spline", help="keep_images=True")
+    truth = reference.cpu()
+    return crop(row.image, truth.shape[1:]) if truth.ndim == 3 else row.image, truth
 
 
 def choose_by_reference(rows: Sequence[Row], metric: str = "psnr") -> Row:

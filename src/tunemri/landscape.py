@@ -36,6 +36,7 @@ from .evaluation import Case, Row, fingerprint, grid
 from .fourier import crop
 from .methods import METHODS
 from .methods.base import Dial, Reconstructor, prepare, reconstruct
+from .methods.hyperrecon import weighted
 from .metrics import METRICS, dice, known, rpsnr, score
 from .operators import LinearOperator, encoding
 
@@ -518,7 +519,8 @@ class Consistency:
 
     Arguments:
         settings: the dials, both asked for and used.
-        each: `(slices, asked, used)`: the loss weighted as asked, of the image made at the used setting.
+        each: `(slices, asked, used)`: the loss weighted as asked, of the image made at the used setting; of the objective
+            "relative", over that of x₀ = Aᴴy, as in training.
         logarithmic: the model was trained on the logarithm of the loss: means are geometric.
     """
 
@@ -561,7 +563,7 @@ class Consistency:
 
     @property
     def _followed(self) -> Tensor:
-        """What training took the mean of (of the objective "relative": the plain sum)."""
+        """What training took the mean of."""
         return (self.each + 1e-6).log() if self.logarithmic else self.each
 
     def records(self) -> list[dict[str, Any]]:
@@ -586,7 +588,7 @@ def self_consistency(
 ) -> Consistency:
     """Is the image at a setting the best one for that weighting of the losses? Needs no other network to compare with.
 
-        M[a, u] = Σ_k (w_k(a) / s_k) L_k(x̂_u)
+        M[a, u] = Σ_k (w_k(a) / s_k) L_k(x̂_u)      of the objective "relative", over that of x₀ = Aᴴy (see `HyperRecon`)
 
     Arguments:
         model: with `names` and `scales` of its loss terms and `weights(1, dials)`, as `HyperRecon`.
@@ -604,24 +606,34 @@ def self_consistency(
         raise errors.NoData(f"found {len(cases)} scans and {len(settings)} settings", key="self-consistency")
     terms = losses.terms(model.names)  # type: ignore[arg-type]
     checked: list[Setting] = [dict(model.check_dials(setting)) for setting in settings]
-    logarithmic = getattr(model, "objective", "mean") == "log"
+    objective = getattr(model, "objective", "mean")
+    sums = "mean" if objective == "log" else objective  # the logarithm comes later: what is shown is the loss
     model.eval()
+
+    def values(x_hat: Tensor, at: Setting, x: Tensor | None, y: Tensor, A: LinearOperator) -> Tensor:
+        network = model.hypernet(model.weights(1, at)) if hasattr(model, "hypernet") else None  # type: ignore[operator]
+        result = losses.Result(x_hat=x_hat, x=x, y=y, forward=A, weights=network)
+        return torch.stack([term.value(result) for term in terms], 1)
+
     each: list[Tensor] = []
     done = 0
     with torch.no_grad():
-        w = torch.cat([model.weights(1, setting) for setting in checked]) / model.scales  # type: ignore[operator]
+        w = torch.cat([model.weights(1, setting) for setting in checked])  # type: ignore[operator]
+        scales = torch.as_tensor(model.scales)
         for y, A, x in _examples(cases, csm):
+            start = None
+            if sums == "relative":
+                start = torch.cat([values(A.H(y), asked, x, y, A) for asked in checked])
             columns = []
             for used in checked:
-                network = model.hypernet(model.weights(1, used)) if hasattr(model, "hypernet") else None  # type: ignore[operator]
-                result = losses.Result(x_hat=model(y, A, **used).image, x=x, y=y, forward=A, weights=network)
-                values = torch.stack([term.value(result) for term in terms], 1)
-                columns.append((values * w.to(values)).sum(1).double().cpu())
+                found = values(model(y, A, **used).image, used, x, y, A)
+                loss = weighted(found, w.to(found), scales.to(found), sums, start)
+                columns.append(loss.double().cpu())
                 done += 1
                 if progress is not None:
                     progress(done, len(checked) * sum(len(case.scan) for case in cases))
             each.append(torch.stack(columns, 1))
-    return Consistency(settings=tuple(checked), each=torch.stack(each), logarithmic=logarithmic)
+    return Consistency(settings=tuple(checked), each=torch.stack(each), logarithmic=objective == "log")
 
 
 def _examples(cases: Sequence[Case], csm: str) -> Iterator[tuple[Tensor, LinearOperator, Tensor | None]]:

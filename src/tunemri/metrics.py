@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
     "dice",
     "foreground",
     "hfen",
+    "intensity_spline",
     "known",
     "mae",
     "nmse",
@@ -211,6 +213,64 @@ def complex_nrmse(image: Tensor, reference: Tensor, mask: Tensor | None = None) 
     inner = (x_hat.conj() * x).sum((1, 2), keepdim=True)
     turn = torch.where(inner.abs() > 0, inner / inner.abs().clamp(min=torch.finfo(torch.float64).tiny), 1.0)
     return math.sqrt(_ratio((turn * x_hat - x).abs().square().sum(), x.abs().square().sum()))
+
+
+def intensity_spline(
+    images: Sequence[Tensor], references: Sequence[Tensor], *, knots: int = 5
+) -> Callable[[Tensor], Tensor]:
+    """The curve s from intensities of reconstructions to those of their references: a cubic spline of least squares.
+
+        min_s Σ (s(|x̂|) - |x|)² over all pixels,    K knots at the quantiles 1/(K + 1), …, K/(K + 1) of |x̂|
+
+    It takes out what intensities alone have wrong, such as a scale or the background that noise adds to magnitudes, and no
+    blur. What it is used on must not be among `images`: see `evaluation.splined`. Beyond what it has seen it is level.
+
+    Arguments:
+        images, references: real or complex `(B, H, W)` each, pair by pair of one shape; shapes of pairs may differ.
+        knots: K; those between which there are too few different intensities are left out.
+
+    Returns:
+        image → real image of the same shape.
+
+    Raises:
+        NoData: no image. BadOption: fewer than no knots. InconsistentShapes, UnsupportedLayout, NonFinite: see `score`.
+
+    Source: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023).
+    """
+    import numpy as np
+    from scipy.interpolate import make_lsq_spline
+
+    if knots < 0:
+        raise errors.BadOption(f"found {knots} knots, expected 0 or more", key="knots")
+    if not images or len(images) != len(references):
+        raise errors.NoData(f"found {len(images)} images and {len(references)} references", key="image")
+    for image, reference in zip(images, references, strict=True):
+        if image.shape != reference.shape:
+            raise errors.InconsistentShapes(_shapes(image, reference), key="image")
+    x, y = (torch.cat([_checked(z).abs().double().cpu().flatten() for z in side]) for side in (images, references))
+    # Pixels of one intensity are one point, as heavy as they are many: scipy wants rising abscissae.
+    at, which, count = np.unique(x.numpy(), return_inverse=True, return_counts=True)
+    mean = np.bincount(which, y.numpy()) / count
+    lo, hi, degree = float(at[0]), float(at[-1]), min(3, len(at) - 1)
+
+    def apply(image: Tensor) -> Tensor:
+        v = _checked(image).abs()
+        return torch.from_numpy(curve(v.double().cpu().numpy().clip(lo, hi))).to(v)
+
+    if hi - lo <= 1e-6 * hi:  # one intensity, but for rounding: no slope can be told
+        level = float(y.mean())
+        curve: Callable[..., Any] = lambda v: np.full_like(v, level)  # noqa: E731
+        return apply
+    inner: list[float] = []
+    start, end = degree + 1, len(at) - degree - 1  # each piece has as many points as a polynomial of its degree needs
+    for knot in np.quantile(x.numpy(), np.arange(1, knots + 1) / (knots + 1)):
+        place = int(np.searchsorted(at, knot))
+        if start <= place <= end:
+            inner.append(float(knot))
+            start = place + degree + 1
+    ends = [lo] * (degree + 1), [hi] * (degree + 1)
+    curve = make_lsq_spline(at, mean, [*ends[0], *inner, *ends[1]], k=degree, w=np.sqrt(count))
+    return apply
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,7 @@ def run(
     metrics: Sequence[str],
     tune: bool,
     grid: int,
+    spline: bool = False,
     atlas: Atlas | None = None,
     keep: Path | None = None,
     executor: Executor | None = None,
@@ -168,6 +169,7 @@ def run(
     Arguments:
         tune: give each method without weights its best `lam` per mask, on these images.
         grid: points along the first dial of each trained model; 0 takes them as they are.
+        spline: score every image once more, its intensities fitted to the reference on other images.
         atlas: the landscapes of those with dials; None makes none.
         keep: an existing folder for what is finished, so that a run that was stopped goes on from there.
         executor: of `cluster.workers`, for all but the landscapes; None does everything here.
@@ -177,6 +179,13 @@ def run(
     """
     there = [name for name, (filename, _) in SOURCES.items() if (plan.folder / filename).is_file()]
     images = load_images(plan.folder, plan.sources or there)
+    lone = [source for source, planes in images.items() if min(len(planes), plan.limit) < 2]
+    if spline and lone:
+        raise errors.NoData(
+            f"one image of {lone[0]}: no other to fit a spline to",
+            key="spline",
+            help="more images, or a larger --limit",
+        )
     rows: list[Row] = []
     everything = list(cases(plan, images, maps=executor is None))
     groups: dict[str, list[Case]] = {}
@@ -197,14 +206,17 @@ def run(
             else:
                 entered.append(contestant)
         start = done
-        rows += evaluation.evaluate(
+        made = evaluation.evaluate(
             entered,
             group,
             metrics=metrics,
+            keep_images=spline,
             progress=lambda n, of, start=start: progress(start + n, 0),  # type: ignore[misc]
             keep=keep,
             executor=executor,
         )
+        rows += [replace(row, image=None) for row in made]
+        rows += evaluation.splined(made, group, metrics) if spline else []
         done += len(entered) * len(group)
 
     evaluation.write_csv(folder / "rows.csv", evaluation.records(rows))
@@ -214,7 +226,8 @@ def run(
     sections: list[report.Section] = [
         report.Table(
             title="Mean ± standard deviation (median)", rows=evaluation.table(lines), words=2,
-            caption="A method's dial is given where it has one; `--tune` picked it for each mask on these very images.",
+            caption="A method's dial is given where it has one; `--tune` picked it for each mask on these very images."
+            + " Of `NAME, spline`, intensities were fitted to the reference on images of others." * spline,
         )
     ]  # fmt: skip
     for contestant in contestants:

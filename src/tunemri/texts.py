@@ -50,10 +50,10 @@ def contestant(text: str, earlier: dict[str, Any], settings: list[str], extrapol
     from .methods import load
 
     name, tail = _parted(text)
-    dials = dict(as_pair(part, "model") for part in tail.split(",")) if tail else {}
-    # A sidecar's dials are what was used in the end, after whatever its model's text says.
-    dials = {**dials, **earlier, **dict(as_pair(part, "set") for part in settings)}
     model = load(name)
+    dials = model.as_dials(dict(as_pair(part, "model") for part in tail.split(",")) if tail else {})
+    # A sidecar's dials are what was used in the end, after whatever its model's text says.
+    dials = {**dials, **earlier, **model.as_dials(dict(as_pair(part, "set") for part in settings))}
     checked = model.check_dials(dials, extrapolate=extrapolate)
     return Contestant(name=text, model=model, dials={key: checked[key] for key in dials}, source=name)
 

@@ -223,6 +223,10 @@ class Reconstructor(nn.Module, abc.ABC):
         """What is proved about these weights, JSON-ready; goes into the header of their file. Nothing, as a rule."""
         return {}
 
+    def as_dials(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A setting by the names of dials, not checked; a method may take it in other coordinates too."""
+        return dict(given)
+
     def check_dials(self, given: Mapping[str, Any], *, extrapolate: bool = False) -> dict[str, float | str]:
         """All dials with a value each: the given ones checked, the others at their default.
 
@@ -406,8 +410,9 @@ def reconstruct(
         if not isinstance(value, kind):
             how = "tunemri.read(FILE)" if key == "scan" else "tunemri.load(NAME)"
             raise errors.BadOption(f"found {type(value).__name__}", key=key, help=f"{how} makes one")
-    checked = model.check_dials(dials, extrapolate=extrapolate)
-    given = {name: checked[name] for name in dials}
+    asked = model.as_dials(dials)
+    checked = model.check_dials(asked, extrapolate=extrapolate)
+    given = {name: checked[name] for name in asked}
     if not bool(scan.kspace.any()):
         raise errors.NoData("every sample is zero", key="kspace", help="is this the right dataset of the file?")
     together = {"joint": True} if csm == "joint" and scan.coils > 1 else {}

@@ -31,7 +31,7 @@ from ..operators import LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
 from .base import Dial, Reconstructor, data_residual, half_square, made
 
-__all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "noise_level"]
+__all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "Regression", "noise_level", "power"]
 
 _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
@@ -58,7 +58,7 @@ class Mode:
     """
 
     start: float = 0.3
-    way: int = 22
+    way: int = 44
     noise: float = 0.25
     levels: int = 2
     steps: int = 2
@@ -88,11 +88,12 @@ class Draws:
     Arguments:
         chains: run side by side, each from noise of its own.
         samples: of each chain; their number is `chains` times as large.
-        burn_in: draws of each chain that do not count.
-        start: σ of the noise on the zero-filled image from which each chain sets out.
-        renew: σ of the noise that each move adds.
-        levels: of σ, geometric, through which it takes the noise away; of the paper's energy, which has none, steps
+        start: σ of the noise on the zero-filled image from which each draw sets out.
+        noise: standard deviation of the noise on its way down, over σ.
+        renew: σ of the noise that is added to what it comes to.
+        levels: of σ, geometric, through which that noise is taken away; of the paper's energy, which has none, steps
             between draws.
+        burn_in: draws of each chain of the paper's energy that do not count; ours begins each draw anew.
         spread: factor on the error that D had in training.
         temperature: factor on the variance that is reported, so that intervals hold what they promise; from validation. The
             draws themselves stay as they were drawn.
@@ -101,11 +102,12 @@ class Draws:
     """
 
     chains: int = 4
-    samples: int = 8
-    burn_in: int = 1
+    samples: int = 16
     start: float = 0.2
+    noise: float = 0.5
     renew: float = 0.1
-    levels: int = 10
+    levels: int = 6
+    burn_in: int = 1
     spread: float = 1.0
     temperature: float = 1.0
     inner: int = 10
@@ -116,7 +118,7 @@ class Draws:
         if (
             counts < 1
             or not 0 < min(self.renew, self.temperature) < math.inf
-            or not 0 <= min(self.start, self.spread) < math.inf
+            or not 0 <= min(self.start, self.noise, self.spread) < math.inf
         ):
             raise errors.BadOption(
                 f"found {self}, expected levels ≥ 2, counts ≥ 1, renew and temperature > 0, others ≥ 0", key="draws"
@@ -155,6 +157,37 @@ class Likelihood:
         return math.ceil(self.chain * (1 - math.exp(-update / self.growth) + 0.01))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """The weight that a scan is likely to need, from what was measured of it; fitted by `tuning.fit_weight`.
+
+        λ = exp(slope ρ + intercept) within [floor, ceiling],    ρ as `power` says
+
+    In log λ, as the dial is: twice too much then counts like twice too little, and no line leads below zero. Scans
+    unlike those of the fit get no weight that none of them needed: that is what floor and ceiling are for.
+
+    Source: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023), whose residual of
+    the zero-filled image is zero but for rounding, and so stands for the power of the data.
+    """
+
+    slope: float
+    intercept: float
+    floor: float
+    ceiling: float
+
+    def __post_init__(self) -> None:
+        finite = all(map(math.isfinite, (self.slope, self.intercept, self.ceiling)))
+        if not finite or not 0 < self.floor <= self.ceiling:
+            raise errors.BadOption(f"found {self}, expected numbers, 0 < floor ≤ ceiling", key="regression")
+
+    def at(self, rho: float) -> float:
+        """λ of a scan of power ρ."""
+        line = self.slope * rho + self.intercept
+        if line <= math.log(self.floor):
+            return self.floor
+        return self.ceiling if line >= math.log(self.ceiling) else math.exp(line)
+
+
 # Constructor arguments by name, `Generative(**PRESETS["paper"])`: 21,350,640 parameters, as published.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"energy": {"name": "paper"}, "likelihood": {}},
@@ -171,6 +204,10 @@ class Generative(Reconstructor):
         mode, draws: how to find the mode and how to draw, see `Mode` and `Draws`.
         likelihood: how to train the paper's energy, see `Likelihood`.
         real: images are real and not negative, as magnitude images are and as the paper assumes.
+        precision: of convolutions while noise is taken away, "float32" or "bfloat16" (three times as quick on
+            processors that know it, which others do not try; their rounding is far below the noise). Descents, which
+            carry the certificate, are in single precision always.
+        regression: of the weight that is suggested for a scan, see `Regression`; None: 1 for every scan.
         trained: range of images seen in training, filled in by the recipe.
     """
 
@@ -188,6 +225,8 @@ class Generative(Reconstructor):
         draws: Mapping[str, Any] | None = None,
         likelihood: Mapping[str, Any] | None = None,
         real: bool = False,
+        precision: str = "bfloat16",
+        regression: Mapping[str, Any] | None = None,
         trained: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -215,11 +254,15 @@ class Generative(Reconstructor):
         # Of noisy training images, in bins of log σ: means of log E/(σ² pixels), of its square, and of the loss.
         self.register_buffer("usual", torch.zeros(3, _BINS))
         self.real = bool(real)
+        if precision not in ("float32", "bfloat16"):
+            raise errors.BadOption(f"found {precision!r}, expected float32 or bfloat16", key="precision")
+        self.precision = precision
+        self.regression: Regression | None = None if regression is None else made(Regression, "regression", regression)
         self.trained = dict(trained or {})
         self.arguments = {
             "energy": dict(energy or {}), "levels": list(self.levels), "mode": dict(mode or {}),
             "draws": dict(draws or {}), "likelihood": dict(likelihood or {}), "real": self.real,
-            "trained": self.trained,
+            "precision": precision, "trained": self.trained, **({} if regression is None else {"regression": dict(regression)}),
         }  # fmt: skip
 
     def forward(
@@ -272,6 +315,13 @@ class Generative(Reconstructor):
             pieces.append(replace(piece, residual=data_residual(piece.image, y_b, A_b)))
         return replace(joined(pieces), dials={"lam": float(lam), "estimate": estimate})
 
+    def suggest(self, y: Tensor, A: LinearOperator) -> dict[str, float | str]:
+        """The defaults; λ by the regression, where these weights have one."""
+        found = super().suggest(y, A)
+        if self.regression is not None:
+            found["lam"] = self.dials["lam"].check("lam", self.regression.at(power(y, A)))
+        return found
+
     def knows(self, scan: Scan, index: int) -> dict[str, Any]:
         """The noise, where the scan knows it."""
         if scan.noise_std is None or scan.scale is None or not scan.noise_std > 0:
@@ -309,9 +359,7 @@ class Generative(Reconstructor):
         plan, record, solution, before, b = self.mode, [], None, x, A.H(z)
         way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
         generator = torch.Generator().manual_seed(0)
-        for k, sigma in enumerate(
-            self._ladder(nu, plan.way + plan.levels, min(self.levels[1], max(plan.start, 2 * nu)))
-        ):
+        for k, sigma in enumerate(self._levels(nu)):
             moved = None
             if c is not None and k and (k >= way or k % _REST == 0):
                 moved = self._smooth_maps(x, c, z, A)
@@ -320,10 +368,8 @@ class Generative(Reconstructor):
                 b = A.H(z)
             prox = self._closest(A, b, plan.inner)
             if k < way:
-                beta = min(k, plan.inertia) / (min(k, plan.inertia) + 3)
                 noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
-                v, before = x + beta * (x - before) + plan.noise * sigma * noise, x
-                x = prox(v - self._removed(v, sigma)[1], _row((sigma / nu) ** 2, x)[:, None, None])
+                x, before = self._step_down(k, x, before, sigma, nu, plan.noise * sigma * noise, prox), x
                 continue
             energy, gradient = self._weighted(sigma, (nu / sigma) ** 2)
             solution = solvers.apgd(
@@ -335,6 +381,14 @@ class Generative(Reconstructor):
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
         return x, c, record
+
+    def _step_down(
+        self, k: int, x: Tensor, before: Tensor, sigma: float, nu: float, noise: Tensor, prox: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """The step of `_descend` at the k-th level, on the way down."""
+        beta = min(k, self.mode.inertia) / (min(k, self.mode.inertia) + 3)
+        v = x + beta * (x - before) + noise
+        return prox(v - self._removed(v, sigma)[1], _row((sigma / nu) ** 2, x)[:, None, None])
 
     def _begun(self, A: LinearOperator, z: Tensor) -> Tensor:
         """The zero-filled image."""
@@ -349,7 +403,8 @@ class Generative(Reconstructor):
         Raises:
             NonFinite: the energy is not.
         """
-        with torch.no_grad():
+        quick = self.precision == "bfloat16" and _knows_bfloat16(x.device)
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=quick):
             value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
         if not bool(value.isfinite().all()):
             raise errors.NonFinite(f"the energy at σ = {sigma:g}", key="energy", help="data of usual scale")
@@ -415,6 +470,10 @@ class Generative(Reconstructor):
         end = min(max(lo, nu), hi / 2)
         return [hi * (end / hi) ** (k / (count - 1)) for k in range(count)]
 
+    def _levels(self, nu: float) -> list[float]:
+        """Of σ, to the mode: those of the way down and those of the descents."""
+        return self._ladder(nu, self.mode.way + self.mode.levels, min(self.levels[1], max(self.mode.start, 2 * nu)))
+
     # ---------------------------------------------------------------- the mean
 
     def _mean(self, z: Tensor, A: LinearOperator, nu: float) -> Reconstruction:
@@ -422,11 +481,12 @@ class Generative(Reconstructor):
         moments = chains.moments
         record = {
             "samples": moments.count * plan.chains,
-            "burn_in": plan.burn_in * plan.chains,
+            "burn_in": plan.burn_in * plan.chains if isinstance(self.energy, Homogeneous) else 0,
             "r_hat_95": float(_quantile(moments.r_hat, 0.95)),
             "mixed": float((moments.r_hat <= 1.1).double().mean()),
             "effective": float(moments.effective.median()),
             "noise": nu,
+            "temperature": plan.temperature,
         }
         return Reconstruction(
             image=moments.mean[None],
@@ -447,15 +507,16 @@ class Generative(Reconstructor):
     ) -> solvers.Chains:
         """Draw from the posterior of one slice.
 
-        Each chain begins at noise of its own: the mode for data with more noise, sought from there. Each of its moves
-        adds noise of level `renew` to the image and takes it away again, level by level:
+        Each draw begins anew: at noise of its own and data with more noise, it goes the way down to the mode, with more
+        noise on it. To what that comes to, noise of level `renew` is added and taken away again, level by level:
 
             x₀ ~ p(x | D(x_σ), y),    x_σ' = x₀ + (σ'/σ)² (x_σ − x₀) + σ' √(1 − σ'²/σ²) ξ
 
         with x₀ normally distributed about D and then conditioned on the data exactly. The variance about D is the
-        error that it had in training, spread over the image as Stein's identity tells. Adding noise is a Gibbs step:
-        the chain forgets what is finer than it. Coarser doubts are what the different beginnings tell, and R̂ says
-        whether they agree.
+        error that it had in training, spread over the image as Stein's identity tells. So what is coarse differs by
+        where the ways lead, what is fine by what the data leave open; draws know nothing of each other, and R̂ tells
+        whether there are enough. The paper's energy, which knows one level only, is drawn from by Langevin's algorithm,
+        from the mode for data with more noise.
 
         Arguments:
             y: `(1, C, …)`, and
@@ -474,7 +535,6 @@ class Generative(Reconstructor):
         with torch.no_grad():
             B, z = A.preconditioned(y)
             nu = noise_level(z, B) if noise is None else _positive(noise, "noise")
-            sigmas = self._ladder(nu, plan.levels, plan.renew)
             b = B.H(z)
             generator = torch.Generator().manual_seed(torch.initial_seed() if plan.seed is None else plan.seed)
 
@@ -482,8 +542,20 @@ class Generative(Reconstructor):
                 shape = (plan.chains, *like.shape[1:])
                 return torch.randn(shape, dtype=like.dtype, generator=generator).to(like.device)
 
+            def other() -> Tensor:
+                return z + nu * white(z) * (z != 0)
+
+            def way() -> Tensor:
+                data = B.H(other())
+                prox = self._closest(B, data, plan.inner)
+                x = before = data + plan.start * white(b)
+                for k, sigma in enumerate(self._levels(nu)):
+                    x, before = self._step_down(k, x, before, sigma, nu, plan.noise * sigma * white(b), prox), x
+                return x
+
             def move(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-                x = x + sigmas[0] * white(b)
+                sigmas = self._ladder(nu, plan.levels, plan.renew)
+                x = way() + sigmas[0] * white(b)
                 for sigma, finer in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
                     value, slope = self._removed(x, sigma)
                     spread = plan.spread * sigma * self._error(sigma)
@@ -491,20 +563,19 @@ class Generative(Reconstructor):
                     doubt = (sigma**2 - _around(_around(slope)).square().mean(0)).clamp(min=_LEAST * sigma**2)
                     # Perturb both sides, then solve: a draw from the product of two normal distributions.
                     v = x - slope + spread * (doubt / doubt.mean()).sqrt() * white(b)
-                    data = b + nu * B.H(white(z) * (z != 0))
-                    x0 = self._closest(B, data, plan.inner)(v, _row((spread / nu) ** 2, v)[:, None, None])
+                    x0 = self._closest(B, B.H(other()), plan.inner)(v, _row((spread / nu) ** 2, v)[:, None, None])
                     q = (finer / sigma) ** 2
                     x = x0 + q * (x - x0) + finer * math.sqrt(1 - q) * white(b)
                 return x, value
 
-            other = z + nu * white(z) * (z != 0)
-            start = self._descend(self._begun(B, other) + plan.start * white(b), other, B, nu)[0]
             common: dict[str, Any] = {
                 "samples": plan.samples, "observe": observe, "callback": callback,
                 "limit": 100 * float(b.abs().max()) + 100,
             }  # fmt: skip
             if not isinstance(self.energy, Homogeneous):
-                return solvers.markov(move, start, burn_in=plan.burn_in, **common)
+                return solvers.markov(move, b.expand(plan.chains, *b.shape[1:]), **common)
+            data = other()
+            start = self._descend(self._begun(B, data) + plan.start * white(b), data, B, nu)[0]
             misfit, unit = _misfit(B, z), _row(1.0, start)
 
             def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -615,6 +686,14 @@ class Generative(Reconstructor):
         return {"R of images / nT": float(self.balance[0]), "R of chains / nT": float(self.balance[1])}
 
 
+def _knows_bfloat16(device: torch.device) -> bool:
+    """Whether its convolutions are quicker in bfloat16, not only possible."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.6
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 def _slope(energy: Homogeneous, u: Tensor) -> Tensor:
     with torch.enable_grad():
         u = u.detach().requires_grad_()
@@ -666,6 +745,12 @@ def noise_level(y: Tensor, A: LinearOperator) -> float:
     ratio = seen / (signal * falls + noise)
     best = int((ratio - ratio.log()).sum(1).argmin())
     return max(_FAINTEST, math.sqrt(float(noise[best])))
+
+
+def power(y: Tensor, A: LinearOperator) -> float:
+    """ρ = ½‖z‖² for each pixel of the image, z the normalised data y as the prior meets them (`preconditioned`)."""
+    B, z = A.preconditioned(y)
+    return float(half_square(z).sum()) / B.H(z).numel()
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

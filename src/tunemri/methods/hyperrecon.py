@@ -26,7 +26,7 @@ from ..operators import Cartesian, LinearOperator
 from ..scan import Reconstruction
 from .base import Dial, Reconstructor, data_residual, made
 
-__all__ = ["CRITERIA", "OBJECTIVES", "PRESETS", "HyperRecon", "Selection", "SingleWeight", "bake"]
+__all__ = ["CRITERIA", "OBJECTIVES", "PRESETS", "HyperRecon", "Selection", "SingleWeight", "bake", "weighted"]
 
 _JOURNAL_UNET = {"name": "unet", "width": 32, "complex_output": False, "batch_norm": True}
 
@@ -196,6 +196,28 @@ class HyperRecon(Reconstructor):
             for index, name in enumerate(self.names[1:])
         }
 
+    def as_dials(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Dials as they are; the weights `w_TERM` of all terms, coordinates of the simplex, as the dials that give them.
+
+            λ_j = w_j / Σ_{i≤j} w_i,    w up to a common factor
+
+        Raises:
+            BadOption: some of the weights only, or dials beside them; not a number ≥ 0; all of them zero.
+        """
+        names = [f"w_{name}" for name in self.names]
+        if not set(names) & set(given):
+            return dict(given)
+        if set(names) != set(given):
+            raise errors.BadOption(
+                f"found {', '.join(given)}, expected {', '.join(names)}", key="weights",
+                help="a weight for every term, or dials",
+            )  # fmt: skip
+        weight = Dial(sentence="weight of a term", default=0.0, hi=math.inf)
+        w = torch.tensor([[float(weight.check(name, given[name])) for name in names]], dtype=torch.float64)
+        if not float(w.sum()) > 0:
+            raise errors.BadOption("found zeros alone, expected a weight above zero", key="weights")
+        return dict(zip(self.names[1:], losses.lambdas_from_weights(w)[0].tolist(), strict=True))
+
     def weights(self, batch: int, dials: Mapping[str, float | Tensor]) -> Tensor:
         """Dials by name, a number or `(B,)` each → w `(1 or B, K)`; one row where all are plain numbers."""
         columns = [
@@ -241,7 +263,7 @@ class HyperRecon(Reconstructor):
         if list(self.main.parameters()):
             values = _term_values(self._terms, self.image(x0, A, theta), x, y, A, theta)
             start = _at_start(self.objective, self._terms, x0, x, y, A, theta)
-            return (_weighted(values, w, self.scales, self.objective, start) * shares).sum()
+            return (weighted(values, w, self.scales, self.objective, start) * shares).sum()
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         total = x0.real.new_zeros(())
         gradients = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -257,7 +279,7 @@ class HyperRecon(Reconstructor):
                 self._follow_scales(values[0], x_hat)
                 followed = True
             start = _at_start(self.objective, self._terms, x0[some], truth, y[some], A_row, own)
-            value = _weighted(values, w[row], self.scales, self.objective, start).mean() * shares[row]
+            value = weighted(values, w[row], self.scales, self.objective, start).mean() * shares[row]
             found = torch.autograd.grad(value, list(own.values()))
             for name, gradient in zip(own, found, strict=True):
                 gradients[name][row] = gradient[0]
@@ -377,7 +399,7 @@ class SingleWeight(Reconstructor):
         x0, x = A.H(y), example.target
         values = _term_values(self._terms, self.main(x0, A.gram), x, y, A, weights)
         start = _at_start(self.objective, self._terms, x0, x, y, A, weights)
-        return _weighted(values, self.weights, self.scales, self.objective, start).mean()
+        return weighted(values, self.weights, self.scales, self.objective, start).mean()
 
 
 def bake(model: HyperRecon, **dials: float) -> SingleWeight:
@@ -390,7 +412,7 @@ def bake(model: HyperRecon, **dials: float) -> SingleWeight:
     Raises:
         BadOption: an unknown dial or a value outside its range.
     """
-    chosen = {name: float(value) for name, value in model.check_dials(dials).items()}
+    chosen = {name: float(value) for name, value in model.check_dials(model.as_dials(dials)).items()}
     with torch.no_grad():
         w = model.weights(1, chosen)
         theta = model.hypernet(w)
@@ -431,8 +453,17 @@ def _at_start(objective: str, terms: Sequence[losses.Term], x0: Tensor, *about: 
         return _term_values(terms, x0, *about)
 
 
-def _weighted(values: Tensor, w: Tensor, scales: Tensor, objective: str, start: Tensor | None) -> Tensor:
-    """Σ_k (w_k / s_k) L_k of each sample, or what the objective makes of it, `(B,)`."""
+def weighted(values: Tensor, w: Tensor, scales: Tensor, objective: str, start: Tensor | None) -> Tensor:
+    """Σ_k (w_k / s_k) L_k of each sample, or what the objective makes of it: what training takes the mean of.
+
+    Arguments:
+        values: L_k, `(B, K)` or one row for all.
+        w: `(B, K)`, or `(K,)` for all.
+        start: L_k of x₀ = Aᴴy, as `values`; only the objective "relative" has them.
+
+    Returns:
+        `(B,)`.
+    """
     total = (values * (w / scales)).sum(-1)
     if start is not None:
         # A tenth of equal weights beside w: where the data alone count, x₀, which meets them, has no loss to compare with.

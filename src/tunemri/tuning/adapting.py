@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from .. import errors
@@ -16,7 +14,7 @@ from ..fourier import crop
 from ..methods.base import Reconstructor
 from ..operators import Mask
 from ..scan import Scan
-from .base import Bench, Progress, Setting, golden, judged, set_up
+from .base import Bench, Progress, Setting, golden, interval, judged, set_up, truth_of
 from .criteria import Asked, split
 
 __all__ = ["Adaptation", "adapt"]
@@ -118,7 +116,7 @@ def adapt(
         asked = Asked(reference=None, metric="psnr", seed=seed, splits=folds, fraction=fraction)
         parts = [[split(mask, asked, generator) for mask in bench.mask] for bench in benches]
     else:
-        truths = [_truth(truth, scan, some) for truth, scan, some in zip(references, scans, chosen, strict=True)]
+        truths = [truth_of(truth, scan, some) for truth, scan, some in zip(references, scans, chosen, strict=True)]
 
     def judge(n: int) -> Tensor:
         """Squared error of each unit of scan n, (slices, folds or blocks)."""
@@ -154,14 +152,6 @@ def adapt(
     )  # fmt: skip
 
 
-def _truth(truth: Tensor, scan: Scan, some: Sequence[int]) -> Tensor:
-    if truth.ndim != 3 or len(truth) != len(scan):
-        raise errors.InconsistentShapes(
-            f"found {tuple(truth.shape)}, expected ({len(scan)}, rows, columns)", key="reference"
-        )
-    return truth[list(some)].abs().cpu()
-
-
 def _heldout_error(bench: Bench, setting: Setting, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Weighted squared error over the hidden samples, (slices, folds)."""
     found = []
@@ -192,5 +182,4 @@ def _left_out(values: Tensor, shifts: Sequence[float]) -> tuple[float, float, fl
     effort = _EFFORT * torch.tensor(shifts, dtype=values.dtype).abs()
     others = (values.sum(1, keepdim=True) - values) / (units - 1) + effort[:, None]
     d = values[list(shifts).index(0.0)] - values.gather(0, others.argmin(0, keepdim=True))[0]
-    mean, half = float(d.mean()), float(stats.t.ppf(0.975, units - 1) * d.std() / math.sqrt(units))
-    return mean, mean - half, mean + half
+    return interval(d)

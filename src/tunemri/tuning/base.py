@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from .. import errors
@@ -15,7 +16,7 @@ from ..methods.base import Dial, Reconstructor, prepare
 from ..operators import LinearOperator, encoding
 from ..scan import Scan
 
-__all__ = ["Bench", "Progress", "Setting", "golden", "judged", "ranged", "set_up"]
+__all__ = ["Bench", "Progress", "Setting", "golden", "interval", "judged", "ranged", "set_up", "truth_of"]
 
 Setting = dict[str, float | str]
 Progress = Callable[[int, int], None]
@@ -121,3 +122,22 @@ def golden(at: Callable[[float], float], low: float, middle: float, high: float,
         else:
             low, high = (low, p) if right else (p, high)
     return middle
+
+
+def truth_of(truth: Tensor, scan: Scan, some: Sequence[int]) -> Tensor:
+    """Magnitudes of the ground truth of some slices.
+
+    Raises:
+        InconsistentShapes: it has not one image for each slice of the scan.
+    """
+    if truth.ndim != 3 or len(truth) != len(scan):
+        raise errors.InconsistentShapes(
+            f"found {tuple(truth.shape)}, expected ({len(scan)}, rows, columns)", key="reference"
+        )
+    return truth[list(some)].abs().cpu()
+
+
+def interval(d: Tensor) -> tuple[float, float, float]:
+    """Mean of differences `(units,)`, two or more, with both ends of its 95 % interval (Student's t)."""
+    mean, half = float(d.mean()), float(stats.t.ppf(0.975, len(d) - 1) * d.std() / math.sqrt(len(d)))
+    return mean, mean - half, mean + half

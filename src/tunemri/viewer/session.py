@@ -168,6 +168,7 @@ class Session:
                 "about": (c.model.__doc__ or "").strip().partition("\n")[0],
                 "sha256": self.hashes.get(c.name),
                 "dials": {n: d.as_dict() | {"start": c.dials.get(n, d.default)} for n, d in c.model.dials.items()},
+                "terms": list(getattr(c.model, "names", ())),
                 "outside": c.model.outside(shown),
             }
             for c in self.contestants
@@ -266,10 +267,11 @@ class Session:
             arrays["std"] = out.variance[0].clamp(min=0).sqrt().float().cpu().numpy()
         if out.samples is not None:
             arrays["samples"] = out.samples[0, :_MOST_SAMPLES].abs().float().cpu().numpy()
+        stats = _numbers(out.stats)
         facts = {
             "type": "image", "seconds": seconds, "status": out.status, "metrics": scores,
             "residual": None if out.residual is None else float(out.residual.mean()),
-            "noise": self._expected(request.slice), "stats": _numbers(out.stats),
+            "noise": self._expected(request.slice), "stats": stats, "draws": _drawn(stats) if "samples" in arrays else "",
         }  # fmt: skip
         return Answer(head=common | facts, arrays=arrays)
 
@@ -326,12 +328,13 @@ class Session:
         """
         model = self.contestants[request.model].model
         fixed = self._fixed(request)
+        count = sum(1 for d in model.dials.values() if not d.choices)
+        quick, slow = _MOST.get(count, (81, 27))
+        most = (slow if self._took.get(self._choices(request), 0.0) > _SLOW else quick) if fine else 3**count
+        fine = fine and 3**count < most  # the coarse grid of many dials is as fine as it gets
         key = (request.slice, fine, *self._choices(request))
         if key not in self._ranges:
             model = copy.deepcopy(model)  # weights are swapped in while a network runs: never share one
-            count = sum(1 for d in model.dials.values() if not d.choices)
-            quick, slow = _MOST.get(count, (81, 27))
-            most = (slow if self._took.get(self._choices(request), 0.0) > _SLOW else quick) if fine else 3**count
             start = time.perf_counter()
 
             def progress(done: int, _: int) -> None:
@@ -497,6 +500,15 @@ def _numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
     # Methods count per slice; here there is one.
     found = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in found.items()}
     return {k: v for k, v in found.items() if len(json.dumps(v)) <= _MOST_STATS}
+
+
+def _drawn(stats: Mapping[str, Any]) -> str:
+    """What draws are to the standard deviation that is shown beside them."""
+    chains = stats.get("chains")
+    factor = chains.get("temperature", 1) if isinstance(chains, dict) else 1
+    if factor == 1:
+        return "what comes and goes between draws is not in the data"
+    return f"as drawn: the standard deviation shown is {math.sqrt(factor):.2g} times theirs, as validation asked for"
 
 
 def range_facts(basis: RangeBasis, step: float = 0.0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

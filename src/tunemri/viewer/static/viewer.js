@@ -42,6 +42,19 @@ export function valueAt(dial, p) {
   return clamp(Number(v.toPrecision(4)), dial.lo, dial.hi);  // four digits: a setting that a person can repeat
 }
 
+// The weights of loss terms, on the simplex, from the dials of a hypernetwork, and back: stick breaking from the last term.
+export const weightsOf = lambdas => lambdas.reduceRight(([left, ...w], l) => [left * (1 - l), left * l, ...w], [1]);
+export function lambdasOf(weights) {
+  let head = weights[0];
+  return weights.slice(1).map(w => (head += w) > 0 ? w / head : 0);
+}
+
+// One weight moved to v; the others share what is left as they did, or evenly where they had nothing.
+export function moved(weights, k, v) {
+  const rest = 1 - weights[k];
+  return weights.map((w, i) => i === k ? v : (1 - v) * (rest > 0 ? w / rest : 1 / (weights.length - 1)));
+}
+
 const shown = v => typeof v === "string" ? v : v === 0 ? "0" : Number(v.toPrecision(3)).toString();
 const words = dials => Object.entries(dials).map(([n, v]) => `${n} ${shown(v)}`).join(", ");
 const keyOf = w => JSON.stringify([w.model, w.slice, Object.entries(w.dials).sort()]);
@@ -819,11 +832,34 @@ export class Viewer {
     if (outside.length) this.sections.tune.prepend(h("div", {className: "banner"}, `Outside what was trained: ${outside.join("; ")}. Do not trust the image without a look at the data.`));
   }
 
+  // The setting of A in the other coordinates: one weight for each loss term.
+  weights() { return weightsOf(this.about.models[this.a.want.model].terms.slice(1).map(n => this.a.want.dials[n])); }
+
+  weigh(k, v, how) {
+    if (!this.gesture) this.held = this.weights();  // a hand that comes back finds the others as they were
+    const dials = this.dials(), lambdas = lambdasOf(moved(this.held, k, clamp(v)));
+    const terms = this.about.models[this.a.want.model].terms.slice(1);
+    this.turn(Object.fromEntries(terms.map((n, i) => [n, clamp(Number(lambdas[i].toPrecision(4)), dials[n].lo, dials[n].hi)])), how);
+  }
+
+  weightRow(term, k) {
+    const out = h("input", {type: "text", className: "value", inputMode: "decimal", "aria-label": `weight of ${term}, value`, onchange: e => {
+      const v = Number(e.target.value);
+      if (Number.isFinite(v) && e.target.value.trim()) this.weigh(k, v);
+      this.redraw();
+    }});
+    const slider = h("input", {type: "range", min: 0, max: 1, step: "any", "aria-label": `weight of ${term}`,
+      oninput: e => this.weigh(k, Number(e.target.value), {settled: false}), onchange: () => { this.gesture = false; }});
+    this.rowsOf[`w_${term}`] = {out, slider, weight: k};
+    return h("div", {className: "dial"}, h("div", {className: "dial-head"}, h("b", {title: `weight of ${term} among all terms`}, `w ${term}`), out), slider);
+  }
+
   buildDials() {
     const dials = this.dials(), names = Object.keys(dials), numbers = numeric(dials);
     this.modelMenu.value = this.a.want.model;
     this.rowsOf = {};
-    this.sliders.replaceChildren(...names.map(name => {
+    const {terms} = this.about.models[this.a.want.model], several = terms.length > 2;
+    const rows = several && this.simplex ? terms.map((term, k) => this.weightRow(term, k)) : names.map(name => {
       const d = dials[name], value = this.a.want.dials[name];
       const head = out => h("div", {className: "dial-head"}, h("b", {title: d.sentence}, name), out);
       if (d.choices) {
@@ -841,7 +877,9 @@ export class Viewer {
       this.rowsOf[name] = {out, slider};
       return h("div", {className: "dial"}, head(h("span", {}, out, d.unit ? ` ${d.unit}` : "")), slider,
         h("div", {className: "ends"}, h("span", {}, d.low), h("span", {}, d.high)));
-    }));
+    });
+    const other = h("input", {type: "checkbox", checked: !!this.simplex, onchange: e => { this.simplex = e.target.checked; this.buildDials(); this.redraw(); }});
+    this.sliders.replaceChildren(...(several ? [h("label", {className: "soft", title: "the weight of every loss term, with sum 1, in place of each term's share of what the later ones leave"}, other, " weights")] : []), ...rows);
     if (!names.length) this.sliders.append(h("p", {className: "soft"}, "This method has nothing to set."));
     this.padCanvas.hidden = !numbers.length;
     if (this.choosers) this.choosers.hidden = !numbers.length;
@@ -1297,11 +1335,11 @@ export class Viewer {
   drawPad() {
     const names = this.axes();
     for (const [name, row] of Object.entries(this.rowsOf)) {
-      const value = this.a.want.dials[name];
+      const weight = row.weight !== undefined, value = weight ? this.weights()[row.weight] : this.a.want.dials[name];
       if (row.menu) row.menu.value = value;
       else {
-        row.slider.value = position(this.dials()[name], value);
-        if (document.activeElement !== row.out) row.out.value = String(Number(value.toPrecision(4)));
+        row.slider.value = weight ? value : position(this.dials()[name], value);
+        if (document.activeElement !== row.out) row.out.value = weight ? shown(value) : String(Number(value.toPrecision(4)));
       }
     }
     this.legend.hidden = true;
@@ -1689,7 +1727,7 @@ export class Viewer {
     if (count) {
       const one = samples.subarray(k * width * height, (k + 1) * width * height);
       this.overlay(draw(ui.draws, one, ...(this.part === "magnitude" ? [lo, hi, lut] : [0, quantile(magnitude, .995), GREY])), ui.draws, one, `${k + 1} of ${count}`);
-      ui.draws.text.textContent = "what comes and goes between draws is not in the data";
+      ui.draws.text.textContent = frame.draws;
     }
     const truth = this.truth?.slice === this.slice ? planeOf(this.truth.data, "magnitude") : null;
     if (truth) {
