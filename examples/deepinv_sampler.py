@@ -1,6 +1,6 @@
 """deepinv on our scan, and our model in deepinv: a posterior sampler, then one table for all.
 
-    python examples/deepinv_sampler.py              needs: pip install "tunemri[deepinv]"
+    python examples/deepinv_sampler.py              needs: pip install ".[deepinv]"
 
 deepinv's Langevin sampler draws images of the embedded brain scan through our operator, with deepinv's total variation
 denoiser as the prior (nothing is downloaded). The chain is short and warm, to be done within a minute: its mean is an

@@ -593,6 +593,7 @@ def test_demo_makes_a_whole_report(run):
     assert "http://" not in page.replace("http://www.w3.org", "")
     for name in ("rows.csv", "dial.png", "methods.png", "curves.png"):
         assert Path("demo", name).stat().st_size > 0
+    assert run("info", "demo/scan.h5").code == 0
     refused(run("demo", "-o", "demo"), "bad_option", "--overwrite")
 
 

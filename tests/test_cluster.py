@@ -209,7 +209,7 @@ def test_no_scheduler_and_no_dask_are_one_line_each(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     code, _, err = run("sweep", path, "-m", "tv", "--grid", "lam=2", "-o", "d", "--cluster", "tcp://127.0.0.1:9")
     assert (code, len(err)) == (3, 1)
-    assert "pip install 'tunemri[cluster]'" in err[0]
+    assert "pip install '.[cluster]'" in err[0]
     assert folder_state(tmp_path) == before
 
 

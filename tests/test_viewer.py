@@ -806,7 +806,7 @@ def test_a_closed_view_leaves_no_thread_and_a_closed_cell_no_work():
 def test_without_anywidget_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "anywidget", None)
     bundle = widget.view(scan((32, 28)), "tv")._repr_mimebundle_()
-    assert 'pip install "tunemri[viewer]"' in bundle["text/plain"]
+    assert 'pip install ".[viewer]"' in bundle["text/plain"]
     assert "image/png" in bundle
 
 

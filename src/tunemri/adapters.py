@@ -364,7 +364,7 @@ def _deepinv() -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
         raise errors.BadOption(
             f"deepinv cannot be imported ({error})", key="deepinv", exit_code=3,
-            help='pip install "tunemri[deepinv]", with the torchvision that belongs to this torch',
+            help='in the clone of tunemri: pip install ".[deepinv]", with the torchvision that belongs to this torch',
         ) from error  # fmt: skip
     return deepinv
 

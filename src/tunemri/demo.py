@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ _DPI = 110  # of pictures: a report of 3 MB travels by mail
 
 
 def run(folder: Path, progress: Callable[[int, int], None], *, points: int = 21, model: str = "hyper-brain") -> str:
-    """Sweep the dial, tune the classical methods on the very same scan, write pictures, tables and report.html.
+    """Sweep the dial, tune the classical methods on the very same scan; write pictures, tables, report.html, and the scan.
 
     Arguments:
         folder: an empty folder.
@@ -107,6 +108,7 @@ def run(folder: Path, progress: Callable[[int, int], None], *, points: int = 21,
     ]  # fmt: skip
     shipped = methods.bundled().get(model)
     sample_file = Path(str(importlib.resources.files("tunemri") / "sample" / "brain.h5"))
+    shutil.copyfile(sample_file, folder / "scan.h5")  # for whoever wants to go on with it
     provenance = {
         "command": "tunemri " + " ".join(sys.argv[1:]), "tunemri": __version__, "model": model,
         "model sha256": files.sha256(shipped) if shipped else "", "scan sha256": files.sha256(sample_file),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INSTALL", "application", "listen", "prepare", "serve", "static"]
 
-INSTALL = 'pip install "tunemri[viewer]"'
+INSTALL = 'in the clone of tunemri: pip install ".[viewer]"'
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KINDS = {"viewer.html": "text/html", "viewer.js": "text/javascript", "viewer.css": "text/css"}
 _MAX_MESSAGE = 64 * 1024
