@@ -37,7 +37,6 @@ _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
 _LEAST = 0.01  # variance of D's error around a pixel, over σ², below which no estimate of it is believed
-_REST = 4  # steps of the way down for which maps rest: an update of them costs as much as one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,9 @@ class Mode:
         tolerance: on the relative change of the image in a step of descent.
         inner: conjugate gradient steps, at most, with which the data are met in each.
         mu: weight of the roughness of coil maps, where they are sought too.
-        map_steps: for them, at each level, at most.
+        map_levels: levels that end the way then, instead of `levels`: maps move there alone, for an image that is not yet one
+            would spoil them.
+        map_steps: for them, at each of these, at most.
     """
 
     start: float = 0.3
@@ -66,10 +67,22 @@ class Mode:
     tolerance: float = 1e-3
     inner: int = 10
     mu: float = 10.0
+    map_levels: int = 6
     map_steps: int = 5
 
     def __post_init__(self) -> None:
-        good = min(self.levels - 1, self.steps, self.inner, self.map_steps, self.way + 1, self.inertia + 1) >= 1
+        good = (
+            min(
+                self.levels - 1,
+                self.map_levels - 1,
+                self.steps,
+                self.inner,
+                self.map_steps,
+                self.way + 1,
+                self.inertia + 1,
+            )
+            >= 1
+        )
         if (
             not good
             or not 0 <= self.tolerance < 1
@@ -359,9 +372,9 @@ class Generative(Reconstructor):
         plan, record, solution, before, b = self.mode, [], None, x, A.H(z)
         way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
         generator = torch.Generator().manual_seed(0)
-        for k, sigma in enumerate(self._levels(nu)):
+        for k, sigma in enumerate(self._levels(nu, plan.levels if c is None else plan.map_levels)):
             moved = None
-            if c is not None and k and (k >= way or k % _REST == 0):
+            if c is not None and k >= way:
                 moved = self._smooth_maps(x, c, z, A)
                 c = moved.value
                 A = _with_maps(A, coils.unit_maps(c))
@@ -470,9 +483,9 @@ class Generative(Reconstructor):
         end = min(max(lo, nu), hi / 2)
         return [hi * (end / hi) ** (k / (count - 1)) for k in range(count)]
 
-    def _levels(self, nu: float) -> list[float]:
-        """Of σ, to the mode: those of the way down and those of the descents."""
-        return self._ladder(nu, self.mode.way + self.mode.levels, min(self.levels[1], max(self.mode.start, 2 * nu)))
+    def _levels(self, nu: float, last: int) -> list[float]:
+        """Of σ, to the mode: those of the way down, and the last ones, of descents."""
+        return self._ladder(nu, self.mode.way + last, min(self.levels[1], max(self.mode.start, 2 * nu)))
 
     # ---------------------------------------------------------------- the mean
 
@@ -549,7 +562,7 @@ class Generative(Reconstructor):
                 data = B.H(other())
                 prox = self._closest(B, data, plan.inner)
                 x = before = data + plan.start * white(b)
-                for k, sigma in enumerate(self._levels(nu)):
+                for k, sigma in enumerate(self._levels(nu, self.mode.levels)):
                     x, before = self._step_down(k, x, before, sigma, nu, plan.noise * sigma * white(b), prox), x
                 return x
 
