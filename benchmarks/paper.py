@@ -122,7 +122,8 @@ PARTS = [
         "crop of k-space",
         commands={
             "quick": "across.py --data {data} -o {out} --sources ixi,oasis,siat --limit 1 --size 96 --choose 4 0 1",
-            "full": "across.py --data {data} -o {out} --limit 1 --size 96 --choose 4 0 1",
+            "full": "across.py --data {data} -o {out} --limit 1 --size 96 --choose 4 0 1 "
+            "--masks poisson,cartesian-random,radial,spiral,gaussian",
         },
     ),
     Part(
@@ -217,7 +218,7 @@ PARTS = [
         commands={
             "quick": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --no-mmse "
             "--supervised hyper-brain",
-            "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 4 "
+            "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 2 "
             "--supervised hyper-brain",
         },
     ),
@@ -227,7 +228,7 @@ PARTS = [
         split=ONE_EACH,
         commands={
             "quick": "generative.py posterior --data {data} -o {out} --source ixi --limit 1 --size 96",
-            "full": "generative.py posterior --data {data} -o {out} --source ixi --limit 2 --size 96",
+            "full": "generative.py posterior --data {data} -o {out} --source ixi --limit 1 --size 96",
         },
         show=plainly({}, {"posterior.png": "Mean, error and standard deviation of one scan."}, printed=True),
     ),

@@ -129,7 +129,7 @@ def run(job: Job) -> dict[str, Any]:
             "slice": asked.slices, "seed": asked.seed, "extrapolate": asked.extrapolate, "device": asked.device,
             "shape": [total, *out.image.shape[1:]], "coils": parts[0].coils, "provenance": out.provenance,
             "acceleration": total / sum(part.slices / part.acceleration for part in parts),
-            "scale": out.stats.get("scale"), "certificate": out.stats.get("certificate"),
+            "scale": out.stats.get("scale"), "certificate": out.stats.get("certificate"), "chains": out.stats.get("chains"),
             "residual": None if out.residual is None else float(out.residual.mean()), "residual_over_noise": over,
             "status": out.status, "metrics": scores, "seconds": sum(part.seconds for part in parts), **notes,
         }  # fmt: skip

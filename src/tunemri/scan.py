@@ -214,7 +214,7 @@ class Reconstruction:
             drawn: where `stats` tell a `temperature`, the variance is that many times theirs.
         status: "converged", or a sentence that says why not.
         stats: numbers worth reporting (iterations, objective, …), JSON-ready.
-        dials: the settings used, name → number.
+        dials: the settings used, name → number; those that are the same for all slices.
         residual: `(B,)` data-consistency residual ‖A x̂ - y‖ / ‖y‖ over the measured samples.
         provenance: of the scan that it was made from.
     """
@@ -245,7 +245,8 @@ def joined(pieces: Sequence[Reconstruction]) -> Reconstruction:
     """Reconstructions of the slices of one scan as one.
 
     Lists in `stats` have one entry per slice; of the rest, the first piece's stands for all. Maps that differ from
-    slice to slice are joined too, one set for all stays one.
+    slice to slice are joined too, one set for all stays one. A dial that differs, as a method may suggest it slice by
+    slice, is left out: no one number would make these images again.
     """
     if len(pieces) == 1:
         return pieces[0]
@@ -268,6 +269,11 @@ def joined(pieces: Sequence[Reconstruction]) -> Reconstruction:
             if isinstance(value, list)
             else value
             for name, value in first.stats.items()
+        },
+        dials={
+            name: value
+            for name, value in first.dials.items()
+            if all(piece.dials.get(name) == value for piece in pieces if piece.dials)
         },
         residual=together("residual"),
     )
