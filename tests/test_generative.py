@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from laws import lines, random, relative, scan
-from tunemri import cli, errors, formats, trajectories, tuning
+from tunemri import cli, console, errors, formats, trajectories, tuning
 from tunemri.datasets import Example
 from tunemri.fourier import fft2, ifft2
 from tunemri.methods import card, load, prepare, reconstruct, save
@@ -438,6 +439,46 @@ def test_chains_can_be_stopped_and_what_they_drew_is_kept():
     assert bool(chains.moments.mean.isfinite().all())
 
 
+def test_the_first_interruption_keeps_what_was_drawn(tmp_path, monkeypatch):
+    save(
+        build(draws={"chains": 2, "samples": 50, "levels": 2}, mode={"way": 2}),
+        tmp_path / "e.safetensors",
+        {"data": "none"},
+    )
+    formats.write(tmp_path / "scan.h5", scan((16, 18), slices=2, noise=0.02))
+    seen: list[tuple[int, int]] = []
+
+    def told(bar: console.Progress, done: int, total: int) -> None:
+        if bar.verb == "draws":
+            seen.append((done, total))
+            if len(seen) == 5:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(console.Progress, "__call__", told)
+    before = signal.getsignal(signal.SIGINT)
+    words = [
+        "recon",
+        tmp_path / "scan.h5",
+        "-m",
+        tmp_path / "e.safetensors",
+        "--set",
+        "estimate=mmse",
+        "-o",
+        tmp_path / "a.h5",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, words)])
+    assert not stop.value.code
+    assert signal.getsignal(signal.SIGINT) is before
+    # The handler is there from the first draw on: the fifth ends the first slice, and the second is not drawn at length.
+    assert seen == [(1, 50), (2, 50), (3, 50), (4, 50), (5, 50), (1, 50)]
+    facts = json.loads((tmp_path / "a.h5.json").read_text())
+    assert facts["status"] == "stopped after 5 of 50 draws of each chain"
+    assert [record["samples"] for record in facts["chains"]] == [10, 2]
+    image = formats.read_image(tmp_path / "a.h5").data
+    assert bool(image.isfinite().all()) and bool((image.abs().amax((1, 2)) > 0).all())
+
+
 # ------------------------------------------------------------------------------------------------ trouble
 
 
@@ -528,6 +569,24 @@ def test_weights_with_a_line_suggest_what_it_says(tmp_path):
     beyond = build(regression={"slope": 0.0, "intercept": 9.0, "floor": 1.0, "ceiling": 1e4})
     with pytest.raises(errors.BadOption, match="lam"):
         reconstruct(s, beyond)
+
+
+def test_weights_that_differ_by_slice_are_made_again(tmp_path, capsys):
+    """No one number is recorded for them: the line says the same the second time."""
+    save(build(regression=LINE, mode={"way": 2, "levels": 2}), tmp_path / "line.safetensors", {"data": "none"})
+    formats.write(tmp_path / "scan.h5", scan((20, 22), slices=3, noise=0.02))
+    model = ("-m", tmp_path / "line.safetensors", "--set", "estimate=mmse")
+    for words in (
+        (tmp_path / "scan.h5", *model, "-o", tmp_path / "a.npy"),
+        ("--from", tmp_path / "a.npy.json", "-o", tmp_path / "b.npy"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["recon", *map(str, words)])
+        assert not stop.value.code, capsys.readouterr().err
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    facts = json.loads((tmp_path / "a.npy.json").read_text())
+    assert facts["dials"] == {"estimate": "mmse"}
+    assert len({record["lam"] for record in facts["chains"]}) > 1
 
 
 def noisy(count: int, told: float) -> tuple[list, list]:

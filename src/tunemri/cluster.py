@@ -52,7 +52,10 @@ def workers(address: str | None) -> Iterator[Executor | None]:
         from distributed import Client
     except ImportError:
         raise errors.BadOption(
-            "needs dask.distributed", key="cluster", help="in the clone of tunemri: pip install '.[cluster]'", exit_code=3
+            "needs dask.distributed",
+            key="cluster",
+            help="in the clone of tunemri: pip install '.[cluster]'",
+            exit_code=3,
         ) from None
     where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     with _silenced():

@@ -8,8 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from . import console, errors, files, texts
@@ -203,7 +207,10 @@ def _one_part(scan: Path, asked: Asked, slices: str | None, dark: int, total: in
     start = time.perf_counter()
     if bool(data.kspace.any()) or dark + len(data) == (total or len(data)):
         way = "joint" if asked.csm == "joint" else "espirit"  # other maps are in the scan by now
-        out = reconstruct(data.to(asked.device), chosen.model, csm=way, extrapolate=asked.extrapolate, **chosen.dials)
+        with _watched(chosen.model):
+            out = reconstruct(
+                data.to(asked.device), chosen.model, csm=way, extrapolate=asked.extrapolate, **chosen.dials
+            )
         out = dataclasses.replace(out, image=out.image.cpu())
     else:
         # No signal in these slices, as at the ends of a volume: they have no image. All of them dark are refused above.
@@ -213,6 +220,37 @@ def _one_part(scan: Path, asked: Asked, slices: str | None, dark: int, total: in
         out=out, truth=truth, geometry=data.geometry, total=total or len(data), slices=len(data), coils=data.coils,
         acceleration=data.acceleration, seconds=time.perf_counter() - start,
     )  # fmt: skip
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[None]:
+    """Shows how many draws are made. From the first on, Ctrl-C ends them and keeps what there is; once more ends the command."""
+    if not hasattr(model, "watch"):
+        yield
+        return
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+        signal.signal(signal.SIGINT, before)
+        console.say("keeping what was drawn; Ctrl-C once more ends without it")
+
+    with console.progress("draws") as bar:
+
+        def watch(done: int, total: int) -> bool:
+            bar(done, total)
+            if not asked and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, ask)
+            return bool(asked)
+
+        model.watch = watch
+        try:
+            yield
+        finally:
+            model.watch = None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)
 
 
 def done_before(scan: Path, target: Path, asked: Asked) -> dict[str, Any] | None:

@@ -222,6 +222,8 @@ class Generative(Reconstructor):
             carry the certificate, are in single precision always.
         regression: of the weight that is suggested for a scan, see `Regression`; None: 1 for every scan.
         trained: range of images seen in training, filled in by the recipe.
+
+    `watch`, where one is set, sees (draws of each chain so far, of how many); True stops, and what was drawn is kept.
     """
 
     usual: Tensor
@@ -263,6 +265,7 @@ class Generative(Reconstructor):
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
             # R of images and of chains, over what it is in equilibrium: n T with n pixels.
             self.register_buffer("balance", torch.zeros(2))
+        self.watch: Callable[[int, int], bool | None] | None = None
         self.mode, self.draws = made(Mode, "mode", mode), made(Draws, "draws", draws)
         # Of noisy training images, in bins of log σ: means of log E/(σ² pixels), of its square, and of the loss.
         self.register_buffer("usual", torch.zeros(3, _BINS))
@@ -325,7 +328,8 @@ class Generative(Reconstructor):
                 piece = self._mean(z, B, nu)
                 if mode is not None:
                     piece = replace(piece, csm=mode.csm, stats={**mode.stats, **piece.stats})
-            pieces.append(replace(piece, residual=data_residual(piece.image, y_b, A_b)))
+            about = {name: [{**one, "lam": weight} for one in records] for name, records in piece.stats.items()}
+            pieces.append(replace(piece, residual=data_residual(piece.image, y_b, A_b), stats=about))
         return replace(joined(pieces), dials={"lam": float(lam), "estimate": estimate})
 
     def suggest(self, y: Tensor, A: LinearOperator) -> dict[str, float | str]:
@@ -351,7 +355,7 @@ class Generative(Reconstructor):
     def _mode(self, z: Tensor, A: LinearOperator, nu: float, joint: bool) -> Reconstruction:
         """argmin_x ½‖A x − z‖² + (ν/σ)² E(x, σ), σ falling to ν, from the zero-filled image; jointly, + μ F(c)."""
         x, c, record = self._descend(self._begun(A, z), z, A, nu, _maps(A) if joint else None)
-        certificate = [{"noise": nu, "levels": record, "unlike": float(self.unlike(x))}]
+        certificate = [{"noise": nu, "levels": record, "unlike": float(self.unlike(x)), "bfloat16": self._quick(x)}]
         return Reconstruction(
             image=x, csm=None if c is None else coils.unit_maps(c), stats={"certificate": certificate}
         )
@@ -416,12 +420,15 @@ class Generative(Reconstructor):
         Raises:
             NonFinite: the energy is not.
         """
-        quick = self.precision == "bfloat16" and _knows_bfloat16(x.device)
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=quick):
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self._quick(x)):
             value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
         if not bool(value.isfinite().all()):
             raise errors.NonFinite(f"the energy at σ = {sigma:g}", key="energy", help="data of usual scale")
         return value, slope * (_MOST * sigma / _around(slope).clamp(min=_MOST * sigma))
+
+    def _quick(self, x: Tensor) -> bool:
+        """Whether convolutions on images like x round to bfloat16 while noise is taken away."""
+        return self.precision == "bfloat16" and x.dtype == torch.complex64 and _knows_bfloat16(x.device)
 
     def _closest(self, A: LinearOperator, b: Tensor, iterations: int) -> Callable[[Tensor, Tensor], Tensor]:
         """(v, τ) ↦ argmin_u ½‖u − v‖² + τ/2 ‖A u − y‖², b = Aᴴ y; on a grid two steps are exact for one coil.
@@ -490,7 +497,12 @@ class Generative(Reconstructor):
     # ---------------------------------------------------------------- the mean
 
     def _mean(self, z: Tensor, A: LinearOperator, nu: float) -> Reconstruction:
-        plan, chains = self.draws, self.posterior(z, A, noise=nu)
+        plan, watch = self.draws, self.watch
+
+        def told(k: int, moments: solvers.Moments) -> bool:
+            return watch is not None and moments.count > 0 and bool(watch(moments.count, plan.samples))
+
+        chains = self.posterior(z, A, noise=nu, callback=told)
         moments = chains.moments
         record = {
             "samples": moments.count * plan.chains,
@@ -500,12 +512,16 @@ class Generative(Reconstructor):
             "effective": float(moments.effective.median()),
             "noise": nu,
             "temperature": plan.temperature,
+            "bfloat16": self._quick(z),
         }
         return Reconstruction(
             image=moments.mean[None],
             variance=plan.temperature * moments.variance[None],
             samples=chains.last[None],
             stats={"chains": [record]},
+            status=f"stopped after {moments.count} of {plan.samples} draws of each chain"
+            if chains.stopped
+            else "converged",
         )
 
     def posterior(
