@@ -227,8 +227,8 @@ PARTS = [
         about="Do 90 % intervals hold 90 % of the errors? Does the deviation grow with acceleration, do the chains agree?",
         split=ONE_EACH,
         commands={
-            "quick": "generative.py posterior --data {data} -o {out} --source ixi --limit 1 --size 96",
-            "full": "generative.py posterior --data {data} -o {out} --source ixi --limit 1 --size 96",
+            "quick": "generative.py posterior --data {data} -o {out} --source ixi --limit 1 --size 96 --samples 4",
+            "full": "generative.py posterior --data {data} -o {out} --source ixi --limit 2 --size 96",
         },
         show=plainly({}, {"posterior.png": "Mean, error and standard deviation of one scan."}, printed=True),
     ),
@@ -276,7 +276,7 @@ PARTS = [
         split="T1: val/ oasis, 3 subjects; T2: val/ siat, 1 subject (so no interval); one coil, no noise",
         commands={
             "quick": "meta.py --data {data} -o {out} --size 96 --limit 3 " + " ".join(f"--table {n}" for n in range(1, 6)),
-            "full": "meta.py --data {data} -o {out} --size 128 --limit 3 --train 1200 " + " ".join(f"--table {n}" for n in range(1, 6)),
+            "full": "meta.py --data {data} -o {out} --size 96 --limit 3 --train 1200 " + " ".join(f"--table {n}" for n in range(1, 6)),
         },
         show=show_meta,
     ),
