@@ -30,8 +30,9 @@ SMALL = {
     },
     "generative": {
         "energy": {"widths": [4, 6]},
-        "mode": {"levels": 3},
+        "mode": {"way": 22, "levels": 3},
         "draws": {"chains": 2, "samples": 2, "levels": 3},
+        "precision": "float32",  # laws of the last digits
     },
 }
 
@@ -58,7 +59,9 @@ class TestEveryMethod:
         assert out.residual.shape == (2,)
         assert bool(out.residual.isfinite().all())
         assert out.status
-        assert set(out.dials) == set(build(name).dials)
+        assert set(out.dials) <= set(build(name).dials)  # what is suggested slice by slice has no one value
+        one = reconstruct(scan(shape, coils=coils), build(name))
+        assert set(one.dials) == set(build(name).dials)
 
     def test_maps_are_estimated_where_there_are_none(self, name):
         s = scan((32, 33), coils=4)

@@ -813,7 +813,7 @@ def test_without_anywidget_it_says_what_to_install(monkeypatch):
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     sock = server.listen(0)
-    with pytest.raises(errors.BadOption, match="tunemri\\[viewer\\]"), contextlib.closing(sock):
+    with pytest.raises(errors.BadOption, match="clone of tunemri: .*viewer"), contextlib.closing(sock):
         server.prepare(session(), sock)
 
 
