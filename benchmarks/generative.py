@@ -481,11 +481,16 @@ def part_compare(options: argparse.Namespace) -> None:
             x = torch.stack([planes[int(k)] for k in chosen]).to(torch.complex64)
             x = x * torch.exp(1j * smooth_phase((size, size), seed=count))
             steps.zero_grad()
-            model.loss(datasets.Example(y=x[:, None], A=encoding, target=x), generator).backward()
+            try:
+                model.loss(datasets.Example(y=x[:, None], A=encoding, target=x), generator).backward()
+            except tunemri.errors.NonFinite as error:  # what it had learned until then is judged
+                print(f"{name}: {error}")
+                break
             steps.step()
             count += 1
         weights = sum(w.numel() for w in model.parameters())
-        print(f"{name}: {weights} weights, {count} updates in {options.seconds:g} s, {model.notes()}", flush=True)
+        spent = time.process_time() - start
+        print(f"{name}: {weights} weights, {count} updates in {spent:.0f} s, {model.notes()}", flush=True)
         trained[name] = model.eval()
     for mask in ("random 3×, no centre", "Cartesian 4×, 8 %", "radial 6×"):
         group = list(cases(judges, options.source, mask, MASKS, 1))

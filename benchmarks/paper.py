@@ -261,7 +261,7 @@ PARTS = [
         name="generative-compare", chapter=GEN, title="Score matching against the paper's likelihood",
         about="Two small energies, ours and the paper's form with its way of training, for the same processor time.",
         split="trained on train/ ixi, judged on val/ ixi, 64²",
-        commands={"full": "generative.py compare --data {data} --source ixi --limit 4 --seconds 180"}, show=plainly({}, printed=True),
+        commands={"full": "generative.py compare --data {data} --source ixi --limit 4 --seconds 90"}, show=plainly({}, printed=True),
     ),
     Part(
         name="generative-speed", chapter=GEN, title="Time and memory", models=("energy-brain",), split="a phantom",
