@@ -14,7 +14,7 @@ from ..fourier import crop
 from ..methods.base import Reconstructor
 from ..operators import Mask
 from ..scan import Scan
-from .base import Bench, Progress, Setting, golden, interval, judged, set_up, truth_of
+from .base import Bench, Learned, Progress, Setting, golden, interval, judged, set_up, truth_of
 from .criteria import Asked, split
 
 __all__ = ["Adaptation", "adapt"]
@@ -23,36 +23,20 @@ _EFFORT = 0.002  # dB that a task weight must gain for each unit it moves: far o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """A model with another task weight, and what that gains on the scans it was found with.
+class Adaptation(Learned):
+    """A model with another task weight, and what that gains on the scans it was found with, see `Learned`.
+
+    Units are "slices", or of fewer than four "blocks" of the image, or "folds" of k-space.
 
     Arguments:
         model: a copy; everything but its task parameters is as it was.
         shift: how far the task weight was moved, see `Reconstructor.move_task`.
         by: "reference" or "heldout-kspace".
-        gain: mean decibels of error less than before, each unit judged at the shift that the *other* units would choose.
-        low, high: 95 % interval of it, paired over units (Student's t).
-        over: what the units are: "slices", or of fewer than four "blocks" of the image, or "folds" of k-space.
-        units: how many.
-        ratios: measured sampling ratio of each scan.
         rows: what was tried: {"shift": …, "score": mean error in dB}.
     """
 
     model: Reconstructor
     shift: float
-    by: str
-    gain: float
-    low: float
-    high: float
-    over: str
-    units: int
-    ratios: tuple[float, ...]
-    rows: tuple[dict[str, float], ...]
-
-    @property
-    def pays(self) -> bool:
-        """Whether the whole interval lies above zero."""
-        return self.low > 0
 
 
 def adapt(

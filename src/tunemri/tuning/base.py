@@ -16,11 +16,40 @@ from ..methods.base import Dial, Reconstructor, prepare
 from ..operators import LinearOperator, encoding
 from ..scan import Scan
 
-__all__ = ["Bench", "Progress", "Setting", "golden", "interval", "judged", "ranged", "set_up", "truth_of"]
+__all__ = ["Bench", "Learned", "Progress", "Setting", "golden", "interval", "judged", "ranged", "set_up", "truth_of"]
 
 Setting = dict[str, float | str]
 Progress = Callable[[int, int], None]
 _GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What was learned from a few scans, and what it gains on them.
+
+    Arguments:
+        by: what the error was judged by.
+        gain: mean decibels of error less than before, each unit judged by what the *other* units say of it.
+        low, high: 95 % interval of it, paired over units (Student's t).
+        over: what the units are, in the plural.
+        units: how many.
+        ratios: measured sampling ratio of each scan.
+        rows: what it was learned from, one record each.
+    """
+
+    by: str
+    gain: float
+    low: float
+    high: float
+    over: str
+    units: int
+    ratios: tuple[float, ...]
+    rows: tuple[dict[str, float], ...]
+
+    @property
+    def pays(self) -> bool:
+        """Whether the whole interval lies above zero."""
+        return self.low > 0
 
 
 @dataclass(frozen=True, kw_only=True)

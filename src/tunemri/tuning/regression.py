@@ -15,45 +15,28 @@ from .. import errors
 from ..fourier import crop
 from ..methods.generative import Generative, Regression, power
 from ..scan import Scan
-from .base import Bench, Progress, golden, interval, judged, set_up, truth_of
+from .base import Bench, Learned, Progress, golden, interval, judged, set_up, truth_of
 
 __all__ = ["WeightFit", "fit_weight"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightFit:
-    """A prior that suggests its weight scan by scan, and what that gains on the scans it was fitted to.
+class WeightFit(Learned):
+    """A prior that suggests its weight scan by scan, and what that gains on the scans it was fitted to, see `Learned`.
+
+    Units are "scans", or of fewer than four of them "slices".
 
     Arguments:
         model: a copy with the regression in its arguments, hence in the header of its file; all else is as it was.
         regression: see `Regression`.
         r2: share of the variance of log λ that it explains; 0 where there is none.
         by: "reference".
-        gain: mean decibels of error less than at the weight that was suggested before, each unit judged at what the
-            line through all *other* units says of it.
-        low, high: 95 % interval of it, paired over units (Student's t).
-        over: what the units are: "scans", or of fewer than four of them "slices".
-        units: how many.
-        ratios: measured sampling ratio of each scan.
         rows: of each slice: {"scan": …, "slice": …, "rho": …, "lam": the best, "gain": dB}.
     """
 
     model: Generative
     regression: Regression
     r2: float
-    by: str
-    gain: float
-    low: float
-    high: float
-    over: str
-    units: int
-    ratios: tuple[float, ...]
-    rows: tuple[dict[str, float], ...]
-
-    @property
-    def pays(self) -> bool:
-        """Whether the whole interval lies above zero."""
-        return self.low > 0
 
 
 def fit_weight(
