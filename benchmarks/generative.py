@@ -10,7 +10,7 @@
     python benchmarks/generative.py prior      what the prior believes without any data: samples, and a landscape
     python benchmarks/generative.py compare    two small energies trained for the same time: ours, and the paper's
 
-    [--data FOLDER] [--model WEIGHTS] [--supervised WEIGHTS] [--limit N] [--only PATTERN] [--real]
+    [--data FOLDER] [--model WEIGHTS] [--supervised WEIGHTS|RECIPE ...] [--limit N] [--only PATTERN] [--real]
     [--spline] [-o FOLDER]
 
 Scans of `masks` to `adapted` are simulated from validation images with smooth phase and noise of half a per cent of the
@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before to
 
 import argparse
 import hashlib
+import itertools
 import math
 import resource
 import statistics
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tunemri
-from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers, tuning
+from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers, training, tuning
 from tunemri.evaluation import Case, Contestant, Row
 from tunemri.fourier import crop, ifft2
 from tunemri.masks import make_mask
@@ -151,9 +152,22 @@ def contestants(options: argparse.Namespace) -> list[Contestant]:
     found = [Contestant(name="MAP", model=prior, dials={"estimate": "map"})]
     if not options.no_mmse:
         found.append(Contestant(name="MMSE", model=prior, dials={"estimate": "mmse"}))
-    if options.supervised:
-        found.insert(0, Contestant(name=Path(options.supervised).stem, model=tunemri.load(options.supervised)))
-    return found
+    return [*(Contestant(name=Path(what).stem, model=supervised(what, options)) for what in options.supervised), *found]
+
+
+def supervised(what: str, options: argparse.Namespace) -> Any:
+    """A network from its weights, or trained by its recipe, unless that was done before."""
+    if not what.endswith(".toml"):
+        return tunemri.load(what)
+    if options.output is None:
+        raise SystemExit(f"--supervised {what}: a recipe needs a folder to train in, give -o FOLDER")
+    folder = options.output / Path(what).stem
+    if not (folder / "model.safetensors").exists():
+        recipe = training.read_recipe(what, [f"data.folder={options.data / 'train'}"])
+        start = time.process_time()
+        training.train(recipe, folder, resume=folder.exists())
+        print(f"{what}: trained in {time.process_time() - start:.0f} s of processor time", flush=True)
+    return tunemri.load(str(folder / "model.safetensors"))
 
 
 def loaded(options: argparse.Namespace) -> Any:
@@ -187,12 +201,9 @@ def part_masks(options: argparse.Namespace) -> None:
         for mask in masks:
             value = mean(rows, "MMSE", mask) - mean(rows, "MAP", mask)
             verdict(f"MMSE - MAP, {mask} [dB]", value, value >= 0, "0")
-    if options.supervised:
-        for mask in masks:
-            value = mean(rows, "MAP", mask) - mean(rows, Path(options.supervised).stem, mask)
-            verdict(
-                f"MAP - {Path(options.supervised).stem}, {mask} [dB]", value, value >= 0, "0 where it was not trained"
-            )
+    for name, mask in itertools.product((Path(what).stem for what in options.supervised), masks):
+        value = mean(rows, "MAP", mask) - mean(rows, name, mask)
+        verdict(f"MAP - {name}, {mask} [dB]", value, value >= 0, "0 where it was not trained")
 
 
 def part_coils(options: argparse.Namespace) -> None:
@@ -519,7 +530,10 @@ def main() -> None:
     folder = Path(os.environ.get("TUNEMRI_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
     parser.add_argument("--data", type=Path, default=folder, help="folder with val/ and bench/")
     parser.add_argument("--model", default="energy-brain")
-    parser.add_argument("--supervised", default="", help="weights of a supervised network to compare with")
+    parser.add_argument(
+        "--supervised", action="append", default=[], metavar="WEIGHTS|RECIPE",
+        help="a supervised network to compare with; one of a recipe (.toml) is trained under -o first; repeatable",
+    )  # fmt: skip
     parser.add_argument("--source", default="openms", help="validation images of `masks`, `coils` and `posterior`")
     parser.add_argument("--limit", type=int, default=8, help="images (or masks, of `joint`)")
     parser.add_argument("--no-mmse", action="store_true", help="leave the posterior mean out of the tables")

@@ -169,7 +169,8 @@ def sampling(options: argparse.Namespace) -> None:
     ways: dict[str, Data] = {
         "UHS": {}, "DHS": {"selection": {"criterion": "relative-dc"}}, "DHS held-out": {"selection": {"criterion": "heldout"}},
     }  # fmt: skip
-    for (size, widths), (way, more) in itertools.product({"S": [2, 4], "M": [8, 32]}.items(), ways.items()):
+    sizes = {"S": [2, 4], "M": [8, 32], "L": [32, 128]}
+    for (size, widths), (way, more) in itertools.product(sizes.items(), ways.items()):
         name = f"{size} {way}"
         network, seconds = fitted(
             f"ao {name}", "hyperrecon", {**shared, "widths": widths, **more}, sampler, plan(options, RATES[1]), options.output

@@ -59,8 +59,8 @@ class Part:
         chapter: the heading that it stands under.
         about: what it is, and whose table or figure.
         split: which data, and what a subject is.
-        commands: budget → arguments of python, run in benchmarks/; `{data}` and `{out}` are put in. A budget that is
-            missing does not hold this part.
+        commands: budget → arguments of python, run in benchmarks/; `{data}`, `{out}` and `{root}`, of the repository, are put
+            in. A budget that is missing does not hold this part.
         show: (folder of its outputs, what it printed) → sections.
         models: weights that it judges: when they change it is run again.
         folder: where it works, for parts that share networks; "" is a folder of its own.
@@ -107,7 +107,7 @@ HYPER, GEN, METAS, MORE = (
 )  # fmt: skip
 EVERY = ("*",)  # all weights that ship
 HYPER_SPLIT = (
-    "networks are trained on crops of train/ subjects and judged on val/ subjects, 100 to 200 steps each: they compare, "
+    "networks are trained on crops of train/ subjects and judged on val/ subjects, 100 to 400 steps each: they compare, "
     "they are no records"
 )
 ONE_EACH = "val/ ixi, one slice of each subject"
@@ -148,7 +148,7 @@ PARTS = [
         name="hyper-sampling", chapter=HYPER, title="Uniform against data-driven sampling", folder="hyperrecon",
         about="Landscapes of the gain over zero-filling, area and range curves and far pairs, without ground truth in "
         "training; dedicated networks on a grid of nine settings, interpolated, beside them (the papers: 18 × 18).",
-        split=HYPER_SPLIT, commands={"full": "hyperrecon.py sampling --data {data} -o {out} --steps 200 --points 15"},
+        split=HYPER_SPLIT, commands={"full": "hyperrecon.py sampling --data {data} -o {out} --steps 400 --points 15"},
         show=plainly(
             {"sampling.csv": "UHS and DHS"},
             {
@@ -198,28 +198,30 @@ PARTS = [
     ),
     Part(
         name="generative-1", chapter=GEN, title="Table 1: four masks", models=("energy-brain", "hyper-brain"),
-        about="Zero-filled, TV at its best weight for each mask, a supervised network (theirs a U-Net, ours hyper-brain), MAP and "
-        "the posterior mean; one prior and one weight for all masks. The prior knows that images are real, TV and the network do not.",
+        about="Zero-filled, TV at its best weight for each mask, a supervised network for Cartesian 4× (theirs a U-Net, ours unrolled, "
+        "recipes/cartesian-only.toml) and one for all masks (hyper-brain), MAP and the posterior mean; one prior and one weight for all "
+        "masks. The prior knows that images are real, TV and the networks do not.",
         split=ONE_EACH + ", one coil, real images without phase, as theirs, noise 0.5 %; theirs of 61 knees, without noise",
         commands={
             "quick": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 "
-            "--real --samples 4 --supervised hyper-brain",
+            "--real --samples 4 --supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
             "full": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 3 --size 128 "
-            "--real --samples 8 --supervised hyper-brain",
+            "--real --samples 8 --supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
         },
         show=show_generative("masks-ixi-real.csv", {"ixi": 1}),
     ),
     Part(
         name="generative-2", chapter=GEN, title="Table 2: parallel imaging, in and out of distribution",
         models=("energy-brain", "hyper-brain"), show=show_generative("coils.csv", {"ixi": 2, "knee": 3}),
-        about="Eight coils; out of distribution is another anatomy here, fat suppression there. VN of the paper: hyper-brain here. "
+        about="Eight coils; out of distribution is another anatomy here, fat suppression there. The VN of the paper saw Cartesian 4× "
+        "only: cartesian-only here (recipes/cartesian-only.toml); hyper-brain saw all masks. "
         "Their two estimates out of distribution († and *) stand beside MAP and MMSE.",
         split=ONE_EACH + ", and val/ knee alike; noise 0.5 %, maps by ESPIRiT",
         commands={
             "quick": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --no-mmse "
-            "--supervised hyper-brain",
+            "--supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
             "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 2 "
-            "--supervised hyper-brain",
+            "--supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
         },
     ),
     Part(
@@ -345,7 +347,7 @@ def run(part: Part, options: argparse.Namespace) -> None:
     if not part.folder and (before is None or before.asked != asked):
         for old in (*folder.glob("*.csv"), *folder.glob("*.png")):
             old.unlink()  # else a part that is stopped half-way would show them as its own
-    command = part.commands[options.budget].format(data=options.data, out=folder)
+    command = part.commands[options.budget].format(data=options.data, out=folder, root=ROOT)
     words = [sys.executable, *shlex.split(command)]
     print(f"{part.name}: {shlex.join(['python', *words[1:]])}", flush=True)
     start, log = time.perf_counter(), folder / f"log-{part.name}.txt"
@@ -430,7 +432,7 @@ def shown(part: Part, options: argparse.Namespace) -> Shown:
     found = ended[budget]
     place = f"runs/paper/{budget}/{part.folder or part.name}"
     facts = {
-        "Command": "python benchmarks/" + found.asked["command"].format(data="$TUNEMRI_DATA", out=place),
+        "Command": "python benchmarks/" + found.asked["command"].format(data="$TUNEMRI_DATA", out=place, root="."),
         "Commit": found.commit, "Seed": "0", "Data": part.split, "Budget": budget,
         "Time": f"{found.seconds / 60:.1f} minutes", "Hardware": found.hardware, "Software": found.software,
     }  # fmt: skip

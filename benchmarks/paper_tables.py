@@ -317,10 +317,14 @@ def show_generative(file: str, tables: Mapping[str, int]) -> Callable[[Path, str
             theirs = GENERATIVE.get(tables.get(source, 0), {})
             table = []
             for line in summary(own, ("mask", "model"), ("psnr", "nmse", "ssim")):
-                cell = theirs.get(line["mask"], {}).get(_ROLES.get(line["model"], "network"), "")
+                cell = theirs.get(line["mask"], {}).get(_ROLES.get(line["model"], ""), "")
                 table.append({**line, **({"published PSNR / 100 NMSE / SSIM": cell} if theirs else {})})
             found.append(Numbers(title=f"Images of {source}", records=table))
-            others = [name for name in dict.fromkeys(row.labels["model"] for row in own) if name not in _ROLES]
+            others = [
+                name
+                for name in dict.fromkeys(row.labels["model"] for row in own)
+                if _ROLES.get(name, "network") == "network"
+            ]
             pairs = [("MAP", "TV, tuned"), ("MMSE", "MAP"), *((name, "TV, tuned") for name in others)]
             pairs += [("MAP", name) for name in others]
             lines = differences(own, pairs, ("mask",))
@@ -330,7 +334,7 @@ def show_generative(file: str, tables: Mapping[str, int]) -> Callable[[Path, str
     return show
 
 
-_ROLES = {"zero-filled": "zero-filled", "TV, tuned": "TV", "MAP": "MAP", "MMSE": "MMSE"}
+_ROLES = {"zero-filled": "zero-filled", "TV, tuned": "TV", "MAP": "MAP", "MMSE": "MMSE", "cartesian-only": "network"}
 
 
 def show_stability(folder: Path, printed: str) -> list[Section]:

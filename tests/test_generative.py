@@ -22,7 +22,7 @@ from tunemri.methods.generative import PRESETS, Generative, Likelihood, Regressi
 from tunemri.networks.energy import Energy, Homogeneous
 from tunemri.operators import Cartesian, NonCartesian, encoding
 from tunemri.scan import normalise
-from tunemri.simulate import phantom, simulate
+from tunemri.simulate import coil_maps, phantom, simulate
 from tunemri.solvers import AdaBelief
 from tunemri.training import Plan, fit
 from tunemri.tuning import regression
@@ -397,6 +397,23 @@ def test_joint_maps_on_the_command_line(tmp_path):
     assert 1e-4 < relative(*images) < 0.5
 
 
+def test_what_wrong_maps_leave_unexplained_counts_as_noise():
+    """With the maps of the scan nothing changes, nor for one coil; with wrong ones the prior weighs more, and not without end."""
+    shape, model = (48, 54), load("energy-brain")
+    good = dataclasses.replace(scan(shape, coils=6, noise=0.01), noise_std=0.01)
+
+    def record(bend: float) -> dict:
+        bent = good.csm * torch.exp(bend * 1j * coil_maps(shape, 6, seed=9).real)
+        maps = bent / bent.abs().square().sum(1, keepdim=True).sqrt()
+        return reconstruct(dataclasses.replace(good, csm=maps), model).stats["certificate"][0]
+
+    fine, rough, wild = record(0.0), record(0.14), record(0.8)
+    alone = reconstruct(dataclasses.replace(good, csm=None, kspace=good.kspace[:, :1]), model).stats["certificate"][0]
+    assert fine["unexplained"] == alone["unexplained"] == 1
+    assert 1 < rough["unexplained"] < wild["unexplained"] == 4
+    assert wild["noise"] == pytest.approx(2 * fine["noise"], rel=0.05)
+
+
 def test_the_noise_that_a_scan_knows_is_used():
     s = dataclasses.replace(scan((16, 18), noise=0.05), noise_std=0.07)
     out = reconstruct(s, build())
@@ -592,7 +609,7 @@ def test_weights_that_differ_by_slice_are_made_again(tmp_path, capsys):
 def noisy(count: int, told: float) -> tuple[list, list]:
     """Scans of two slices with noise of 0.1 that say it is `told` times that."""
     volumes = [torch.stack([phantom((18, 16), seed=2 * k + i) for i in range(2)]) for k in range(count)]
-    made = [simulate(x, mask=torch.ones(18, 16), noise=0.1, seed=k) for k, x in enumerate(volumes)]
+    made = [simulate(x, mask=torch.ones(18, 16), coils=1, noise=0.1, seed=k) for k, x in enumerate(volumes)]
     return [dataclasses.replace(s, noise_std=s.noise_std * told) for s, _ in made], [truth for _, truth in made]
 
 
