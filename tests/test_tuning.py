@@ -682,6 +682,9 @@ class TestCommand:
         rows = (file.parent / "swept" / "table.csv").read_text().splitlines()
         at = rows[0].split(",").index("dial_ssim")
         assert [float(r.split(",")[at]) for r in rows[1:]] == [0, 0.25, 0.5, 0.75, 1]
+        np.save("maps.npy", coil_maps((48, 40), 8)[None].numpy())
+        done = run("equalise", "small.safetensors", file, "-o", "mapped.safetensors", "--csm", "maps.npy")
+        assert done.code == 0, done.err
         assert run("equalise", "small.safetensors", file, "-o", "even.safetensors").code == 2
         assert run("equalise", "small.safetensors", file, "-o", "even.h5").code == 2
         assert "ssim" in run("equalise", "small.safetensors", file, "--dial", "sim", "-o", "x.safetensors").errors[0]

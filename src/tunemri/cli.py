@@ -769,9 +769,9 @@ def adapt(
     found: tuning.WeightFit | tuning.Adaptation
     with console.progress("adapt") as bar:
         if isinstance(trained, Generative):
-            found = tuning.fit_weight(trained, data, truths, csm=csm, progress=bar)
+            found = tuning.fit_weight(trained, data, truths, progress=bar)
         else:
-            found = tuning.adapt(trained, data, truths if use else None, csm=csm, seed=seed, progress=bar)
+            found = tuning.adapt(trained, data, truths if use else None, seed=seed, progress=bar)
     gain = f"{found.gain:+.3f} dB, 95 % interval {found.low:+.3f} to {found.high:+.3f} over {found.units} {found.over}"
     if not found.pays and not anyway:
         raise errors.NoData(
@@ -821,7 +821,7 @@ def equalise(
     start = time.perf_counter()
     loaded = [jobs.load(path, slices, csm, None)[0] for path in scans]
     with console.progress("equalise") as bar:
-        even = tuning.equal_steps(trained, loaded, dials=dial or None, csm=csm, progress=bar)
+        even = tuning.equal_steps(trained, loaded, dials=dial or None, progress=bar)
     curves = {name: list(d.curve) for name, d in even.dials.items() if d.curve}
     made = {
         "dials": dial or list(curves), "model_sha256": files.sha256(source),
