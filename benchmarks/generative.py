@@ -2,6 +2,7 @@
 
     python benchmarks/generative.py masks      one image, many patterns: zero-filled, TV, a supervised network, MAP, MMSE
     python benchmarks/generative.py coils      the same with eight coils, in and out of distribution
+    python benchmarks/generative.py doubt      eight coils with maps believed, and with what contradicts them counted as noise
     python benchmarks/generative.py posterior  intervals against errors, growth with acceleration, mixing of the chains
     python benchmarks/generative.py adapted    another anatomy: the weight from `tunemri choose`, without a reference
     python benchmarks/generative.py regression the weight by a line through training subjects, against 1 and the best
@@ -90,14 +91,20 @@ def images(options: argparse.Namespace, source: str, split: str = "val") -> list
 
 
 def cases(
-    planes: Sequence[Tensor], source: str, mask: str, patterns: dict[str, Any], coils: int, phase: float = 0.5
+    planes: Sequence[Tensor],
+    source: str,
+    mask: str,
+    patterns: dict[str, Any],
+    coils: int,
+    phase: float = 0.5,
+    noise: float = NOISE,
 ) -> Iterator[Case]:
     """The images under one pattern; an image has the same phase, noise and coils under all of them."""
     family, acceleration, options = patterns[mask]
     for i, x in enumerate(planes):
         seed = int.from_bytes(hashlib.sha256(f"{source}/{i}".encode()).digest()[:3])
         pattern = make_mask(family, (x.shape[0], x.shape[1]), acceleration, seed=seed, **options)
-        scan, target = simulate(x[None], mask=pattern, coils=coils, noise=NOISE, phase=phase, seed=seed)
+        scan, target = simulate(x[None], mask=pattern, coils=coils, noise=noise, phase=phase, seed=seed)
         scan = replace(scan, csm=methods.prepare(scan).csm)
         yield Case(name=f"{source}/{i}", scan=scan, reference=target, labels={"mask": mask, "source": source})
 
@@ -152,7 +159,15 @@ def contestants(options: argparse.Namespace) -> list[Contestant]:
     found = [Contestant(name="MAP", model=prior, dials={"estimate": "map"})]
     if not options.no_mmse:
         found.append(Contestant(name="MMSE", model=prior, dials={"estimate": "mmse"}))
-    return [*(Contestant(name=Path(what).stem, model=supervised(what, options)) for what in options.supervised), *found]
+    found = [*(Contestant(name=called(what), model=supervised(what, options)) for what in options.supervised), *found]
+    torch.manual_seed(0)  # draws follow it, and training has its own
+    return found
+
+
+def called(what: str) -> str:
+    """Of runs/NAME/model.safetensors, of NAME.toml and of a bundled NAME: that."""
+    path = Path(what)
+    return path.parent.name if path.stem == "model" else path.stem
 
 
 def supervised(what: str, options: argparse.Namespace) -> Any:
@@ -161,13 +176,8 @@ def supervised(what: str, options: argparse.Namespace) -> Any:
         return tunemri.load(what)
     if options.output is None:
         raise SystemExit(f"--supervised {what}: a recipe needs a folder to train in, give -o FOLDER")
-    folder = options.output / Path(what).stem
-    if not (folder / "model.safetensors").exists():
-        recipe = training.read_recipe(what, [f"data.folder={options.data / 'train'}"])
-        start = time.process_time()
-        training.train(recipe, folder, resume=folder.exists())
-        print(f"{what}: trained in {time.process_time() - start:.0f} s of processor time", flush=True)
-    return tunemri.load(str(folder / "model.safetensors"))
+    recipe = training.read_recipe(what, [f"data.folder={options.data / 'train'}"])
+    return training.train(recipe, options.output / called(what), resume=True).eval()
 
 
 def loaded(options: argparse.Namespace) -> Any:
@@ -183,9 +193,10 @@ def part_masks(options: argparse.Namespace) -> None:
     planes, rows = images(options, options.source), []
     phase = 0.0 if options.real else 0.5
     masks = [mask for mask in MASKS if options.only in mask]
+    entered = contestants(options)
     for mask in masks:
         group = list(cases(planes, options.source, mask, MASKS, 1, phase))
-        rows += judged(mask, group, contestants(options), options.keep, options.spline)
+        rows += judged(mask, group, entered, options.keep, options.spline)
     save(rows, options, f"masks-{options.source}{'-real' * options.real}")
     gain = {mask: mean(rows, "MAP", mask) - mean(rows, "TV, tuned", mask) for mask in masks}
     print()
@@ -201,19 +212,45 @@ def part_masks(options: argparse.Namespace) -> None:
         for mask in masks:
             value = mean(rows, "MMSE", mask) - mean(rows, "MAP", mask)
             verdict(f"MMSE - MAP, {mask} [dB]", value, value >= 0, "0")
-    for name, mask in itertools.product((Path(what).stem for what in options.supervised), masks):
+    for name, mask in itertools.product(map(called, options.supervised), masks):
         value = mean(rows, "MAP", mask) - mean(rows, name, mask)
         verdict(f"MAP - {name}, {mask} [dB]", value, value >= 0, "0 where it was not trained")
 
 
 def part_coils(options: argparse.Namespace) -> None:
-    rows = []
+    rows, entered = [], contestants(options)
     for source in (options.source, "knee"):
         planes = images(options, source)
         for mask in PARALLEL:
             group = list(cases(planes, source, mask, PARALLEL, 8))
-            rows += judged(f"{source}, {mask}", group, contestants(options), options.keep)
+            rows += judged(f"{source}, {mask}", group, entered, options.keep)
     save(rows, options, "coils")
+
+
+def part_doubt(options: argparse.Namespace) -> None:
+    """Coil maps believed to the noise, and data that contradict them counted as noise; a line for each scan."""
+    prior = loaded(options)
+    print(
+        "PSNR [dB] with maps believed, and with doubt; the factor on the variance of the noise; misfit over the noise, squared"
+    )
+    for source in (options.source, "knee"):
+        for mask in (mask for mask in PARALLEL if options.only in mask):
+            for case in cases(images(options, source), source, mask, PARALLEL, 8, noise=options.noise):
+                found = []
+                for most in (1.0, type(prior.mode)().doubt):
+                    prior.mode = replace(prior.mode, doubt=most)
+                    found.append(tunemri.reconstruct(case.scan, prior, estimate="map"))
+                assert case.reference is not None
+                scores = [metrics.psnr(out.magnitude, case.reference.abs()) for out in found]
+                factor, misfit = (
+                    found[1].stats["certificate"][0]["noise_factor"],
+                    found[0].stats["residual_over_noise"][0] ** 2,
+                )
+                print(
+                    f"{mask:28} {case.name:10} {scores[0]:6.2f} {scores[1]:6.2f} {scores[1] - scores[0]:+6.2f}"
+                    f"   {factor:5.2f} {misfit:6.2f}",
+                    flush=True,
+                )
 
 
 def part_adapted(options: argparse.Namespace) -> None:
@@ -518,7 +555,7 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
 
 
 PARTS = {
-    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "adapted": part_adapted,
+    "masks": part_masks, "coils": part_coils, "doubt": part_doubt, "posterior": part_posterior, "adapted": part_adapted,
     "regression": part_regression, "joint": part_joint,
     "speed": part_speed, "one": part_one, "prior": part_prior, "compare": part_compare,
 }  # fmt: skip
@@ -528,7 +565,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=sorted(PARTS))
     folder = Path(os.environ.get("TUNEMRI_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
-    parser.add_argument("--data", type=Path, default=folder, help="folder with val/ and bench/")
+    parser.add_argument("--data", type=Path, default=folder, help="folder with val/, bench/ and, to train, train/")
     parser.add_argument("--model", default="energy-brain")
     parser.add_argument(
         "--supervised", action="append", default=[], metavar="WEIGHTS|RECIPE",
@@ -546,6 +583,7 @@ def main() -> None:
         "--real", action="store_true", help="of `masks`: images without phase, and a prior that knows so"
     )
     parser.add_argument("--spline", action="store_true", help="of `masks`: also with intensities by spline")
+    parser.add_argument("--noise", type=float, default=NOISE, help="of `doubt`, over the maximum of the image")
     parser.add_argument("--seconds", type=float, default=300, help="of training of each energy of `compare`")
     parser.add_argument("--seed", type=int, default=0, help="of `prior`")
     parser.add_argument("--keep", type=Path, help="folder that keeps finished rows, to go on from")

@@ -107,7 +107,7 @@ HYPER, GEN, METAS, MORE = (
 )  # fmt: skip
 EVERY = ("*",)  # all weights that ship
 HYPER_SPLIT = (
-    "networks are trained on crops of train/ subjects and judged on val/ subjects, 100 to 400 steps each: they compare, "
+    "networks are trained on crops of train/ subjects and judged on val/ subjects, 100 to 200 steps each: they compare, "
     "they are no records"
 )
 ONE_EACH = "val/ ixi, one slice of each subject"
@@ -148,7 +148,7 @@ PARTS = [
         name="hyper-sampling", chapter=HYPER, title="Uniform against data-driven sampling", folder="hyperrecon",
         about="Landscapes of the gain over zero-filling, area and range curves and far pairs, without ground truth in "
         "training; dedicated networks on a grid of nine settings, interpolated, beside them (the papers: 18 × 18).",
-        split=HYPER_SPLIT, commands={"full": "hyperrecon.py sampling --data {data} -o {out} --steps 400 --points 15"},
+        split=HYPER_SPLIT, commands={"full": "hyperrecon.py sampling --data {data} -o {out} --steps 200 --points 15"},
         show=plainly(
             {"sampling.csv": "UHS and DHS"},
             {
@@ -197,29 +197,29 @@ PARTS = [
         show=plainly({}, printed=True),
     ),
     Part(
-        name="generative-1", chapter=GEN, title="Table 1: four masks", models=("energy-brain", "hyper-brain"),
+        name="generative-1", chapter=GEN, title="Table 1: four masks", folder="generative", models=("energy-brain", "hyper-brain"),
         about="Zero-filled, TV at its best weight for each mask, a supervised network for Cartesian 4× (theirs a U-Net, ours unrolled, "
-        "recipes/cartesian-only.toml) and one for all masks (hyper-brain), MAP and the posterior mean; one prior and one weight for all "
-        "masks. The prior knows that images are real, TV and the networks do not.",
+        "recipes/cartesian-only.toml, in the full budget) and one for all masks (hyper-brain), MAP and the posterior mean; one prior and "
+        "one weight for all masks. The prior knows that images are real, TV and the networks do not.",
         split=ONE_EACH + ", one coil, real images without phase, as theirs, noise 0.5 %; theirs of 61 knees, without noise",
         commands={
             "quick": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 "
-            "--real --samples 4 --supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
+            "--real --samples 4 --supervised hyper-brain",
             "full": "generative.py masks --data {data} -o {out} --keep {out} --source ixi --limit 3 --size 128 "
             "--real --samples 8 --supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
         },
         show=show_generative("masks-ixi-real.csv", {"ixi": 1}),
     ),
     Part(
-        name="generative-2", chapter=GEN, title="Table 2: parallel imaging, in and out of distribution",
+        name="generative-2", chapter=GEN, title="Table 2: parallel imaging, in and out of distribution", folder="generative",
         models=("energy-brain", "hyper-brain"), show=show_generative("coils.csv", {"ixi": 2, "knee": 3}),
         about="Eight coils; out of distribution is another anatomy here, fat suppression there. The VN of the paper saw Cartesian 4× "
-        "only: cartesian-only here (recipes/cartesian-only.toml); hyper-brain saw all masks. "
+        "only: cartesian-only here (recipes/cartesian-only.toml); hyper-brain saw all families, up to 8.5×. "
         "Their two estimates out of distribution († and *) stand beside MAP and MMSE.",
         split=ONE_EACH + ", and val/ knee alike; noise 0.5 %, maps by ESPIRiT",
         commands={
             "quick": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --no-mmse "
-            "--supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
+            "--supervised hyper-brain",
             "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 2 "
             "--supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
         },

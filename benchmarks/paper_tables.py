@@ -320,11 +320,8 @@ def show_generative(file: str, tables: Mapping[str, int]) -> Callable[[Path, str
                 cell = theirs.get(line["mask"], {}).get(_ROLES.get(line["model"], ""), "")
                 table.append({**line, **({"published PSNR / 100 NMSE / SSIM": cell} if theirs else {})})
             found.append(Numbers(title=f"Images of {source}", records=table))
-            others = [
-                name
-                for name in dict.fromkeys(row.labels["model"] for row in own)
-                if _ROLES.get(name, "network") == "network"
-            ]
+            names = dict.fromkeys(row.labels["model"] for row in own)
+            others = [name for name in names if name not in ("zero-filled", "TV, tuned", "MAP", "MMSE")]
             pairs = [("MAP", "TV, tuned"), ("MMSE", "MAP"), *((name, "TV, tuned") for name in others)]
             pairs += [("MAP", name) for name in others]
             lines = differences(own, pairs, ("mask",))

@@ -316,6 +316,8 @@ def test_coil_maps_from_a_file(run, image):
     np.save("maps.npy", coil_maps((48, 40), 3, seed=0).numpy())
     refused(run("recon", "multi.h5", "-m", "sense", "--csm", "maps.npy", "-o", "b.npy"), "inconsistent_shapes", "csm")
     refused(run("recon", "multi.h5", "-m", "sense", "--csm", "wlash", "-o", "b.npy"), "bad_option", "walsh")
+    # Maps that are found with the image are not those of another setting.
+    refused(run("sweep", "multi.h5", "-m", "sense", "--csm", "joint", "-o", "swept"), "bad_option", "recon")
 
 
 def test_a_batch_with_bad_scans_does_the_rest(run, scan):

@@ -397,21 +397,24 @@ def test_joint_maps_on_the_command_line(tmp_path):
     assert 1e-4 < relative(*images) < 0.5
 
 
-def test_what_wrong_maps_leave_unexplained_counts_as_noise():
-    """With the maps of the scan nothing changes, nor for one coil; with wrong ones the prior weighs more, and not without end."""
+def test_what_maps_leave_unexplained_counts_as_noise():
+    """With the maps of the scan nothing changes; with wrong ones, or less noise than there is, the prior weighs more, up to an end."""
     shape, model = (48, 54), load("energy-brain")
     good = dataclasses.replace(scan(shape, coils=6, noise=0.01), noise_std=0.01)
 
-    def record(bend: float) -> dict:
+    def record(bend: float, **changes) -> dict:
         bent = good.csm * torch.exp(bend * 1j * coil_maps(shape, 6, seed=9).real)
         maps = bent / bent.abs().square().sum(1, keepdim=True).sqrt()
-        return reconstruct(dataclasses.replace(good, csm=maps), model).stats["certificate"][0]
+        return reconstruct(dataclasses.replace(good, csm=maps, **changes), model).stats["certificate"][0]
 
-    fine, rough, wild = record(0.0), record(0.14), record(0.8)
-    alone = reconstruct(dataclasses.replace(good, csm=None, kspace=good.kspace[:, :1]), model).stats["certificate"][0]
-    assert fine["unexplained"] == alone["unexplained"] == 1
-    assert 1 < rough["unexplained"] < wild["unexplained"] == 4
-    assert wild["noise"] == pytest.approx(2 * fine["noise"], rel=0.05)
+    fine, rough, wild, hushed = record(0.0), record(0.14), record(0.8), record(0.0, noise_std=0.006)
+    assert fine["noise_factor"] == 1 < rough["noise_factor"] < wild["noise_factor"] == 4
+    assert wild["noise"] == pytest.approx(2 * fine["noise"], rel=1e-6)
+    assert hushed["noise_factor"] > 1
+    model.mode = dataclasses.replace(model.mode, doubt=1.0)
+    assert "noise_factor" not in record(0.8)
+    one = dataclasses.replace(good, csm=None, kspace=good.kspace[:, :1])
+    assert "noise_factor" not in reconstruct(one, load("energy-brain")).stats["certificate"][0]
 
 
 def test_the_noise_that_a_scan_knows_is_used():

@@ -19,7 +19,7 @@ from laws import folder_state, lines, random, relative
 from tunemri import datasets, errors, training
 from tunemri.datasets import Example, Sampler
 from tunemri.errors import TunemriWarning
-from tunemri.masks import MASKS
+from tunemri.masks import MASKS, make_mask
 from tunemri.methods import load
 from tunemri.methods.hyperrecon import HyperRecon, SingleWeight
 from tunemri.operators import Cartesian
@@ -460,6 +460,16 @@ def test_a_batch_depends_on_step_and_rank_and_on_nothing_else():
     y = [first(*at).target for at in ((3, 0), (4, 0), (3, 1))]
     assert not torch.equal(y[0], y[1])
     assert not torch.equal(y[0], y[2])
+
+
+def test_masks_of_one_protocol_are_as_they_are_made():
+    """Otherwise they are turned, mirrored, and have other options of their family."""
+    families = {"masks": ("cartesian-random",), "acceleration": (4.0, 4.0), "coils": 1, "bank": 3}
+    plain = [make_mask("cartesian-random", (32, 32), 4.0, seed=k).bool() for k in range(3)]
+    for varied in (False, True):
+        draw = sampler(**families, varied=varied)
+        seen = [y[0] != 0 for step in range(6) for y in draw(step).y]
+        assert all(any(torch.equal(one, mask) for mask in plain) for one in seen) is not varied
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -685,6 +685,8 @@ class TestCommand:
         np.save("maps.npy", coil_maps((48, 40), 8)[None].numpy())
         done = run("equalise", "small.safetensors", file, "-o", "mapped.safetensors", "--csm", "maps.npy")
         assert done.code == 0, done.err
+        np.save("maps.npy", coil_maps((40, 48), 8)[None].numpy())
+        assert run("equalise", "small.safetensors", file, "-o", "m.safetensors", "--csm", "maps.npy").code == 2
         assert run("equalise", "small.safetensors", file, "-o", "even.safetensors").code == 2
         assert run("equalise", "small.safetensors", file, "-o", "even.h5").code == 2
         assert "ssim" in run("equalise", "small.safetensors", file, "--dial", "sim", "-o", "x.safetensors").errors[0]

@@ -210,6 +210,8 @@ class Sampler:
         seed: of the mask bank and of the run.
         ratios: sampling ratios instead of `acceleration`: sample b of a batch has the b-th of them, and round again,
             so that every batch holds every task.
+        varied: masks differ in more than acceleration: options of their family, direction, mirrored. False: a network for one
+            protocol, masks as `make_mask` makes them.
         upper: samples per step for the upper level of a bilevel problem, from the last fifth of each source, which the
             other samples then never see.
     """
@@ -224,6 +226,7 @@ class Sampler:
     bank: int = 48
     seed: int = 0
     ratios: Sequence[float] = ()
+    varied: bool = True
     upper: int = 0
 
     def __post_init__(self) -> None:
@@ -249,7 +252,7 @@ class Sampler:
                 acceleration = _log_uniform(lo, hi, generator)
                 if self.ratios:
                     acceleration = 1 / self.ratios[index % len(self.ratios)]
-                options = _varied(name, self.size, acceleration, generator)
+                options = _varied(name, self.size, acceleration, generator) if self.varied else {}
                 bank.append(patterns.make_mask(name, (self.size, self.size), acceleration, seed=index, **options))
         object.__setattr__(self, "_bank", torch.stack(bank))
         sets = self.bank if self.coils > 1 else 1
@@ -328,6 +331,8 @@ class Sampler:
             # The nearest mask of the ratio that is this sample's turn; a family's bank holds whole rounds of ratios.
             index = index - index % count + b % count
         mask = bank[index]
+        if not self.varied:
+            return mask
         if _uniform(0, 1, generator) < 0.5:
             mask = mask.T
         # Mirroring about index N // 2 of an even size needs a shift by one to keep DC in place.

@@ -203,7 +203,7 @@ def _one_part(scan: Path, asked: Asked, slices: str | None, dark: int, total: in
     from .scan import Reconstruction
 
     chosen = asked.contestant
-    data, truth = load(scan, slices, asked.csm, asked.reference)
+    data, truth = load(scan, slices, asked.csm, asked.reference, joint=True)
     start = time.perf_counter()
     if bool(data.kspace.any()) or dark + len(data) == (total or len(data)):
         way = "joint" if asked.csm == "joint" else "espirit"  # other maps are in the scan by now
@@ -290,8 +290,14 @@ def _scores(image: Tensor, truth: Tensor) -> dict[str, float]:
     return found
 
 
-def load(path: Path, slices: str | None, csm: str, reference: Path | None) -> tuple[Scan, Tensor | None]:
-    """A scan with coil maps, and its ground truth where one is named or lies in the file itself."""
+def load(
+    path: Path, slices: str | None, csm: str, reference: Path | None, *, joint: bool = False
+) -> tuple[Scan, Tensor | None]:
+    """A scan with coil maps, and its ground truth where one is named or lies in the file itself.
+
+    Arguments:
+        joint: the maps may be left out, for they are found with the image.
+    """
     from . import coils, formats
     from .methods import prepare
 
@@ -301,8 +307,13 @@ def load(path: Path, slices: str | None, csm: str, reference: Path | None) -> tu
         if csm in coils.MAPS:
             # Estimated here, once, for all that is done with this scan.
             scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
-        elif csm != "joint":  # those are found with the image
+        elif csm != "joint":
             scan = _with_maps(scan, csm, cut)
+        elif scan.coils > 1 and not joint:
+            raise errors.BadOption(
+                "maps are found with an image, so each setting would have its own", key="csm",
+                help="only `tunemri recon` does it; here espirit, low-resolution, walsh or a file",
+            )  # fmt: skip
     truth = (
         formats.read_reference(path, slices=cut)
         if reference is None

@@ -37,8 +37,8 @@ _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
 _LEAST = 0.01  # variance of D's error around a pixel, over σ², below which no estimate of it is believed
-# Of `Generative._unexplained`: steps down, the misfit that good maps leave too, what more of it is worth, and the most.
-_GLANCE, _USUAL, _WORTH, _ALL = 16, 1.2, 4.0, 4.0
+# Of `Generative._doubt`: steps down, the misfit that good maps leave too, and what more of it is worth.
+_GLANCE, _USUAL, _WORTH = 16, 1.2, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Mode:
         inertia: steps for which it builds up at most.
         tolerance: on the relative change of the image in a step of descent.
         inner: conjugate gradient steps, at most, with which the data are met in each.
+        doubt: most by which the variance of the noise is raised where data of several coils contradict their maps; 1: never.
         mu: weight of the roughness of coil maps, where they are sought too.
         map_levels: levels that end the way then, instead of `levels`: maps move there alone, for an image that is not yet one
             would spoil them.
@@ -68,6 +69,7 @@ class Mode:
     inertia: int = 10
     tolerance: float = 1e-3
     inner: int = 10
+    doubt: float = 4.0
     mu: float = 10.0
     map_levels: int = 6
     map_steps: int = 5
@@ -90,9 +92,11 @@ class Mode:
             or not 0 <= self.tolerance < 1
             or not 0 <= min(self.mu, self.noise) < math.inf
             or not self.start > 0
+            or not 1 <= self.doubt < math.inf
         ):
             raise errors.BadOption(
-                f"found {self}, expected levels ≥ 2, steps ≥ 1, start > 0, tolerance, noise and mu ≥ 0", key="mode"
+                f"found {self}, expected levels ≥ 2, steps ≥ 1, start > 0, doubt ≥ 1, tolerance, noise and mu ≥ 0",
+                key="mode",
             )
 
 
@@ -307,8 +311,8 @@ class Generative(Reconstructor):
     ) -> Reconstruction:  # fmt: skip
         """Reconstruct: the mode of the posterior, or its mean and variance E|x − x̂|².
 
-        What no likely image explains of several coils counts as noise too: coil maps from few calibration lines are wrong, and
-        what they get wrong would become details of the image.
+        What no likely image explains of several coils counts as noise too, see `Mode.doubt`: coil maps from few calibration lines
+        are wrong, and what they get wrong would become details of the image. A ν that is too small is raised by the same.
 
         Arguments:
             noise: ν; None: as `noise_level` finds it.
@@ -323,8 +327,8 @@ class Generative(Reconstructor):
             y_b, A_b = y[b : b + 1], A.sample(b)
             B, z = A_b.preconditioned(y_b.detach())
             nu = noise_level(z, B) if noise is None else _positive(noise, "noise") * _gain(B)
-            rest = 1.0 if joint else self._unexplained(z, B, nu)  # maps that are sought are not yet to blame
-            nu *= math.sqrt(weight * rest)
+            doubt = None if joint else self._doubt(z, B, nu)  # maps that are sought are not yet to blame
+            nu *= math.sqrt(weight * (doubt or 1.0))
             mode = self._mode(z, B, nu, joint) if joint or estimate == "map" else None
             if mode is not None and mode.csm is not None:
                 A_b, B = _with_maps(A_b, mode.csm), _with_maps(B, mode.csm)
@@ -335,7 +339,7 @@ class Generative(Reconstructor):
                 piece = self._mean(z, B, nu)
                 if mode is not None:
                     piece = replace(piece, csm=mode.csm, stats={**mode.stats, **piece.stats})
-            facts = {"lam": weight, "unexplained": rest}
+            facts = {"lam": weight, **({} if doubt is None else {"noise_factor": doubt})}
             about = {name: [{**one, **facts} for one in records] for name, records in piece.stats.items()}
             pieces.append(replace(piece, residual=data_residual(piece.image, y_b, A_b), stats=about))
         return replace(joined(pieces), dials={"lam": float(lam), "estimate": estimate})
@@ -381,21 +385,18 @@ class Generative(Reconstructor):
         The data are met by their proximal map. Maps c, where there are any, are sought in turn with the image, so that
         both are fit to the same data and smooth, see `coils.roughness`.
         """
-        plan, record, solution, before, b = self.mode, [], None, x, A.H(z)
+        plan, record, solution, b = self.mode, [], None, A.H(z)
         way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
-        generator = torch.Generator().manual_seed(0)
-        for k, sigma in enumerate(self._levels(nu, plan.levels if c is None else plan.map_levels)):
+        levels = self._levels(nu, plan.way + (plan.levels if c is None else plan.map_levels))
+        x = self._down(x, levels[:way], nu, plan.noise, self._closest(A, b, plan.inner), _white())
+        for sigma in levels[way:]:
             moved = None
-            if c is not None and k >= way:
+            if c is not None:
                 moved = self._smooth_maps(x, c, z, A)
                 c = moved.value
                 A = _with_maps(A, coils.unit_maps(c))
                 b = A.H(z)
             prox = self._closest(A, b, plan.inner)
-            if k < way:
-                noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
-                x, before = self._step_down(k, x, before, sigma, nu, plan.noise * sigma * noise, prox), x
-                continue
             energy, gradient = self._weighted(sigma, (nu / sigma) ** 2)
             solution = solvers.apgd(
                 energy, gradient, x, prox=prox, penalty=_misfit(A, z), step=(sigma / nu) ** 2,
@@ -407,24 +408,29 @@ class Generative(Reconstructor):
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
         return x, c, record
 
-    def _unexplained(self, z: Tensor, A: LinearOperator, nu: float) -> float:
-        """How much more variance than ν² the data have about images that are likely, for the coil maps are wrong: 1 to 4.
+    def _doubt(self, z: Tensor, A: LinearOperator, nu: float) -> float | None:
+        """By how much more than ν² data of several coils err about likely images, 1 to `Mode.doubt`; None: not asked for.
 
-        From ‖A x − z‖² / N ν² of N samples, x at the end of a short way down. The factors were found on simulated scans,
-        see docs/decisions/0019-energy.md. It ends at 4: where samples are scattered, maps do little harm, and the prior more.
+        From ‖A x − z‖² / N ν² of N samples, x at the end of a short way down. It ends somewhere, for where samples are
+        scattered wrong maps do little harm, and the prior more. The factors: docs/decisions/0019-energy.md.
         """
-        if getattr(A, "csm", None) is None or isinstance(self.energy, Homogeneous):
-            return 1.0
-        b = A.H(z)
-        x, before, prox = self._begun(A, z), self._begun(A, z), self._closest(A, b, self.mode.inner)
-        generator = torch.Generator().manual_seed(0)
-        hi = min(self.levels[1], max(self.mode.start, 2 * nu))
-        for k, sigma in enumerate(self._ladder(nu, _GLANCE, hi)):
-            noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
-            x, before = self._step_down(k, x, before, sigma, nu, self.mode.noise * sigma * noise, prox), x
-        sampled = z != 0
-        misfit = 2 * float(half_square((A(x) - z) * sampled)) / (int(sampled.sum()) * nu**2)
-        return min(1.0 + _WORTH * max(0.0, misfit - _USUAL), _ALL)
+        most, count = self.mode.doubt, int((z != 0).sum())
+        if most == 1 or count == 0 or getattr(A, "csm", None) is None or isinstance(self.energy, Homogeneous):
+            return None
+        prox = self._closest(A, A.H(z), self.mode.inner)
+        x = self._down(self._begun(A, z), self._levels(nu, _GLANCE), nu, self.mode.noise, prox, _white())
+        misfit = 2 * float(half_square((A(x) - z) * (z != 0))) / (count * nu**2)
+        return min(1.0 + _WORTH * max(0.0, misfit - _USUAL), most)
+
+    def _down(
+        self, x: Tensor, levels: Sequence[float], nu: float, noise: float, prox: Callable[[Tensor, Tensor], Tensor],
+        white: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """The way down: a step at each level, with fresh noise of `noise` times that level."""
+        before = x
+        for k, sigma in enumerate(levels):
+            x, before = self._step_down(k, x, before, sigma, nu, noise * sigma * white(x), prox), x
+        return x
 
     def _step_down(
         self, k: int, x: Tensor, before: Tensor, sigma: float, nu: float, noise: Tensor, prox: Callable[[Tensor, Tensor], Tensor],
@@ -517,9 +523,9 @@ class Generative(Reconstructor):
         end = min(max(lo, nu), hi / 2)
         return [hi * (end / hi) ** (k / (count - 1)) for k in range(count)]
 
-    def _levels(self, nu: float, last: int) -> list[float]:
-        """Of σ, to the mode: those of the way down, and the last ones, of descents."""
-        return self._ladder(nu, self.mode.way + last, min(self.levels[1], max(self.mode.start, 2 * nu)))
+    def _levels(self, nu: float, count: int) -> list[float]:
+        """Of σ, on the way to the mode."""
+        return self._ladder(nu, count, min(self.levels[1], max(self.mode.start, 2 * nu)))
 
     # ---------------------------------------------------------------- the mean
 
@@ -603,11 +609,9 @@ class Generative(Reconstructor):
 
             def way() -> Tensor:
                 data = B.H(other())
-                prox = self._closest(B, data, plan.inner)
-                x = before = data + plan.start * white(b)
-                for k, sigma in enumerate(self._levels(nu, self.mode.levels)):
-                    x, before = self._step_down(k, x, before, sigma, nu, plan.noise * sigma * white(b), prox), x
-                return x
+                x = data + plan.start * white(b)
+                levels = self._levels(nu, self.mode.way + self.mode.levels)
+                return self._down(x, levels, nu, plan.noise, self._closest(B, data, plan.inner), white)
 
             def move(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 sigmas = self._ladder(nu, plan.levels, plan.renew)
@@ -759,6 +763,12 @@ def _slope(energy: Homogeneous, u: Tensor) -> Tensor:
 
 def _real(x: Tensor) -> Tensor:
     return x.real.to(x.dtype)
+
+
+def _white() -> Callable[[Tensor], Tensor]:
+    """x ↦ white noise like x; every such function tells the same sequence, on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
 
 
 def _around(x: Tensor) -> Tensor:
