@@ -387,10 +387,10 @@ def test_what_ships_does_what_it_is_asked():
         scan, x = simulate(truth.to(torch.complex64), mask=pattern, noise=0.01, seed=i)
         cases.append(Case(name=mask, scan=scan, reference=x))
     found = self_consistency(methods.load("hyper-brain"), cases, [{"ssim": t} for t in (0.0, 0.5, 1.0)])
-    assert float(found.regret.max()) < 0.03
+    assert float(found.regret.max()) < 0.02
     assert float((found.regret * found.loss.amin(1)).sum() / (found.spread * found.loss.amin(1)).sum()) < 0.25
     turned = dataclasses.replace(found, each=found.each.flip(2))
-    assert float(turned.regret.max()) > 0.1
+    assert float(turned.regret.max()) > 0.05
 
 
 def test_chance_is_told_from_a_better_setting():
