@@ -455,8 +455,10 @@ def _threshold_curves(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
-        for (label, (x, y)), colour in zip(curves.items(), itertools.cycle(SERIES)):
-            axes.plot(x, y, color=colour, lw=1.8, label=_plain(label))
+        # More curves than colours: the next round of them is dashed, then dotted.
+        looks = itertools.cycle((colour, dash) for dash in ("-", "--", ":") for colour in SERIES)
+        for (label, (x, y)), (colour, dash) in zip(curves.items(), looks):
+            axes.plot(x, y, color=colour, ls=dash, lw=1.8, label=_plain(label))
             data += [{"series": label, "threshold": t, column: v} for t, v in zip(x, y, strict=True)]
         axes.set_ylim(0, None if top is None else 1.03 * top)
         axes.set(xlabel=f"threshold: {_heading(metric)}", ylabel=ordinate)
