@@ -457,7 +457,7 @@ def _threshold_curves(
         axes = figure.subplots()
         # More curves than colours: the next round of them is dashed, then dotted.
         looks = itertools.cycle((colour, dash) for dash in ("-", "--", ":") for colour in SERIES)
-        for (label, (x, y)), (colour, dash) in zip(curves.items(), looks):
+        for (label, (x, y)), (colour, dash) in zip(curves.items(), looks, strict=False):
             axes.plot(x, y, color=colour, ls=dash, lw=1.8, label=_plain(label))
             data += [{"series": label, "threshold": t, column: v} for t, v in zip(x, y, strict=True)]
         axes.set_ylim(0, None if top is None else 1.03 * top)
