@@ -479,7 +479,8 @@ INTRODUCTION = (
     "flatters every method alike.",
     "n counts subjects, not slices: slices are averaged within a subject first, and intervals are Student's over subjects. "
     "± is the standard deviation over subjects, in brackets the median. A missed goal stands as it is; a part that was not "
-    "run says so in its place.",
+    "run says so in its place. Rows of a method that did not change are kept from an earlier run of the part; commit and time are of the "
+    "last one.",
     "Anatomy on pictures, reduced: IXI (CC BY-SA 3.0, brain-development.org) and open MS data (CC BY, Lesjak et al. 2016).",
 )
 

@@ -612,7 +612,7 @@ def test_weights_that_differ_by_slice_are_made_again(tmp_path, capsys):
 def noisy(count: int, told: float) -> tuple[list, list]:
     """Scans of two slices with noise of 0.1 that say it is `told` times that."""
     volumes = [torch.stack([phantom((18, 16), seed=2 * k + i) for i in range(2)]) for k in range(count)]
-    made = [simulate(x, mask=torch.ones(18, 16), coils=1, noise=0.1, seed=k) for k, x in enumerate(volumes)]
+    made = [simulate(x, mask=torch.ones(18, 16), noise=0.1, seed=k) for k, x in enumerate(volumes)]
     return [dataclasses.replace(s, noise_std=s.noise_std * told) for s, _ in made], [truth for _, truth in made]
 
 
@@ -622,7 +622,7 @@ def test_the_fit_finds_what_the_noise_of_scans_hides(told, monkeypatch):
     through: list[int] = []
     line = regression._line
     monkeypatch.setattr(regression, "_line", lambda rho, lam: through.append(len(rho)) or line(rho, lam))
-    model = gaussian(0.3, mode={"way": 2, "levels": 2})
+    model = gaussian(0.3, mode={"way": 2, "levels": 2, "doubt": 1.0})  # else noise told too low is found without a line
     right = tuning.fit_weight(model, *noisy(4, 1.0)).rows
     seen: list[tuple[int, int]] = []
     scans, truths = noisy(4, told)

@@ -390,7 +390,7 @@ def test_what_ships_does_what_it_is_asked():
     assert float(found.regret.max()) < 0.02
     assert float((found.regret * found.loss.amin(1)).sum() / (found.spread * found.loss.amin(1)).sum()) < 0.25
     turned = dataclasses.replace(found, each=found.each.flip(2))
-    assert float(turned.regret.max()) > 0.05
+    assert float(turned.regret.max()) > max(0.05, 10 * float(found.regret.max()))
 
 
 def test_chance_is_told_from_a_better_setting():

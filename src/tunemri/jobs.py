@@ -309,7 +309,7 @@ def load(
             scan = dataclasses.replace(scan, csm=prepare(scan, csm=csm).csm) if scan.csm is None else scan
         elif csm != "joint":
             scan = _with_maps(scan, csm, cut)
-        elif scan.coils > 1 and not joint:
+        elif scan.csm is None and scan.coils > 1 and not joint:
             raise errors.BadOption(
                 "maps are found with an image, so each setting would have its own", key="csm",
                 help="only `tunemri recon` does it; here espirit, low-resolution, walsh or a file",
