@@ -1,6 +1,6 @@
 """Coil maps: ESPIRiT against BART's `ecalib -m1`, and what maps are worth to a reconstruction.
 
-    python benchmarks/coils.py [--data DIR] [-o FILE.csv] [--sources NAME,…] [--limit N] [--iterations N]
+    python benchmarks/coils.py [--data DIR] [-o FILE.csv] [--sources NAME,…] [--limit N] [--size N] [-m MODEL …] [--iterations N]
 
 First, on the raw multi-coil scans of DIR/bench/raw (default: TUNEMRI_DATA, or shared/data beside the checkout), with the
 same parameters, one thread each: the difference of the two projections of the coil images x = F⁻¹ y inside BART's maps,
@@ -8,7 +8,10 @@ same parameters, one thread each: the difference of the two projections of the c
 includes starting the process and its files).
 
 Then, on validation images simulated with 8 coils: the part of the true coil images that maps leave unexplained, and the
-PSNR of TV and of the learned model with them, against the true maps. TV takes its default weight.
+PSNR of TV and of learned models with them, against the true maps. TV takes its default weight.
+
+Last, on the complete ones of the raw scans, under masks with few lines in the centre: the part of all coil images that maps leave
+unexplained, and the PSNR of the same methods against the root of the sum of squares.
 """
 
 from __future__ import annotations
@@ -29,15 +32,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tunemri
 from tunemri.coils import MAPS, espirit_maps
 from tunemri.datasets import SOURCES, load_images
-from tunemri.fourier import ifft2
+from tunemri.fourier import crop, ifft2
 from tunemri.masks import make_mask
 from tunemri.methods.classical import TotalVariation
 from tunemri.metrics import psnr
@@ -45,12 +50,25 @@ from tunemri.scan import Scan
 from tunemri.simulate import simulate
 
 RAW = ("brain_7ch_cart.h5", "liver_4ch_2echo.h5", "brain_8ch_poisson_undersampled.h5")
-FAMILIES = ("poisson", "cartesian-random", "radial")
+COMPLETE = ("brain_7ch_cart.h5", "liver_4ch_2echo.h5")
+# name → family, acceleration, options
+MASKS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "Poisson 4×": ("poisson", 4, {}),
+    "Cartesian 4×": ("cartesian-random", 4, {}),
+    "Cartesian 4×, 4 %": ("cartesian-random", 4, {"center_fraction": 0.04}),
+    "radial 4×": ("radial", 4, {}),
+    "Gaussian 8×, no centre": ("gaussian", 8, {"calibration": 0}),
+    "random 3×, no centre": ("random", 3, {}),
+}
+FEW = {f"Cartesian 4×, {share} %": ("cartesian-random", 4, {"center_fraction": share / 100}) for share in (4, 8)}
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     **MAPS,
     "espirit everywhere": partial(espirit_maps, crop=0.0),
     "espirit, cut": partial(espirit_maps, cut=True),
 }
+
+
+Methods = dict[str, tunemri.Reconstructor]
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -113,34 +131,52 @@ def against_bart(folder: Path) -> list[dict[str, object]]:
     return rows
 
 
-def worth(folder: Path, sources: list[str], limit: int, iterations: int, model: str) -> list[dict[str, object]]:
+def worth(images: dict[str, list[Tensor]], limit: int, methods: Methods) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    methods = {"tv": TotalVariation(iterations=iterations), model: tunemri.load(model)}
-    images = load_images(folder, sources)
-    for family in FAMILIES:
+    for name, (family, acceleration, options) in MASKS.items():
         for source, planes in images.items():
             for index in range(len(planes) // (2 * limit), len(planes), max(1, len(planes) // limit)):
                 shape = (planes[index].shape[-2], planes[index].shape[-1])
-                mask = make_mask(family, shape, 4, seed=index)
+                mask = make_mask(family, shape, acceleration, seed=index, **options)
                 scan, target = simulate(planes[index][None], mask=mask, coils=8, seed=index, store_maps=True)
-                rows += judged(scan, target, methods, {"mask": family, "image": f"{source}/{index}"})
-        print(f"# {family} 4×, 8 coils, noise 0.01")
-        table([row for row in rows if row["mask"] == family], list(methods))
+                assert scan.csm is not None
+                x = scan.csm * target[:, None]
+                rows += judged(scan, x, target, methods, {"mask": name, "image": f"{source}/{index}"})
+        print(f"# {name}, 8 coils, noise 0.01")
+        table([row for row in rows if row["mask"] == name], list(methods))
     print("# all")
     table(rows, list(methods))
     return rows
 
 
+def worth_on_raw(folder: Path, methods: Methods, masks: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for file in COMPLETE:
+        for name, (family, acceleration, options) in FEW.items():
+            full = tunemri.read(folder / file)
+            h, w = (n // 2 * 2 for n in full.image_shape)
+            kspace = crop(full.kspace[:1], (h, w))
+            x = ifft2(kspace)
+            for seed in range(masks):
+                mask = make_mask(family, (h, w), acceleration, seed=seed, **options)[None, None]
+                scan = Scan(kspace=kspace * mask, mask=mask, image_shape=(h, w))
+                target = x.abs().square().sum(1).sqrt()
+                rows += judged(scan, x, target, methods, {"mask": name, "image": f"{file}, mask {seed}"})
+            print(f"# {file}, {name}, {masks} masks")
+            table([row for row in rows if (row["mask"], row["image"].startswith(file)) == (name, True)], list(methods))  # type: ignore[attr-defined]
+    return rows
+
+
 def judged(
-    scan: Scan, target: Tensor, methods: dict[str, tunemri.Reconstructor], labels: dict[str, object]
+    scan: Scan, x: Tensor, target: Tensor, methods: Methods, labels: dict[str, object]
 ) -> list[dict[str, object]]:
-    assert scan.csm is not None and scan.mask is not None
+    """A row for each kind of maps; x: the coil images, of which maps explain a part."""
+    assert scan.mask is not None
     rows = []
-    x = scan.csm * target[:, None]
     x = x * (target.abs() > 0.1 * target.abs().max())[:, None]
-    for name in ("true", *ESTIMATORS):
+    for name in (*(["true"] if scan.csm is not None else []), *ESTIMATORS):
         csm, seconds = scan.csm, 0.0
-        if name != "true":
+        if csm is None or name != "true":
             before = time.process_time()
             csm = ESTIMATORS[name](scan.kspace, scan.mask)
             seconds = time.process_time() - before
@@ -174,19 +210,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     beside = Path(__file__).resolve().parents[2] / "shared/data"
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("TUNEMRI_DATA", beside)))
-    parser.add_argument("-o", "--output", type=Path, help="write the rows of the second part as CSV")
+    parser.add_argument("-o", "--output", type=Path, help="write the rows of the second and third part as CSV")
     parser.add_argument("--limit", type=int, default=1, help="validation images per source")
     parser.add_argument("--sources", default=",".join(SOURCES), help="of the validation images")
     parser.add_argument("--iterations", type=int, default=200, help="of TV")
-    parser.add_argument("-m", "--model", default="hyper-brain")
+    parser.add_argument("--size", type=int, help="of the validation images, made smaller; default: as they are")
+    parser.add_argument("--masks", type=int, default=2, help="of each kind on a raw scan")
+    parser.add_argument("-m", "--model", action="append", help="default: hyper-brain")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if shutil.which("bart") is None:
         print("bart is not on the PATH (apt-get install bart): no comparison with it")
     else:
         against_bart(arguments.data / "bench/raw")
-    sources = arguments.sources.split(",")
-    rows = worth(arguments.data / "val", sources, arguments.limit, arguments.iterations, arguments.model)
+    methods = {"tv": TotalVariation(iterations=arguments.iterations)}
+    methods |= {name: tunemri.load(name) for name in arguments.model or ["hyper-brain"]}
+    images = load_images(arguments.data / "val", arguments.sources.split(","))
+    if arguments.size:
+        shape = (arguments.size, arguments.size)
+        images = {
+            name: [F.interpolate(x[None, None], shape, mode="area")[0, 0] for x in own] for name, own in images.items()
+        }
+    rows = worth(images, arguments.limit, methods)
+    rows += worth_on_raw(arguments.data / "bench/raw", methods, arguments.masks)
     if arguments.output:
         with arguments.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

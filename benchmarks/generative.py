@@ -2,7 +2,6 @@
 
     python benchmarks/generative.py masks      one image, many patterns: zero-filled, TV, a supervised network, MAP, MMSE
     python benchmarks/generative.py coils      the same with eight coils, in and out of distribution
-    python benchmarks/generative.py doubt      eight coils with maps believed, and with what contradicts them counted as noise
     python benchmarks/generative.py posterior  intervals against errors, growth with acceleration, mixing of the chains
     python benchmarks/generative.py adapted    another anatomy: the weight from `tunemri choose`, without a reference
     python benchmarks/generative.py regression the weight by a line through training subjects, against 1 and the best
@@ -97,14 +96,13 @@ def cases(
     patterns: dict[str, Any],
     coils: int,
     phase: float = 0.5,
-    noise: float = NOISE,
 ) -> Iterator[Case]:
     """The images under one pattern; an image has the same phase, noise and coils under all of them."""
     family, acceleration, options = patterns[mask]
     for i, x in enumerate(planes):
         seed = int.from_bytes(hashlib.sha256(f"{source}/{i}".encode()).digest()[:3])
         pattern = make_mask(family, (x.shape[0], x.shape[1]), acceleration, seed=seed, **options)
-        scan, target = simulate(x[None], mask=pattern, coils=coils, noise=noise, phase=phase, seed=seed)
+        scan, target = simulate(x[None], mask=pattern, coils=coils, noise=NOISE, phase=phase, seed=seed)
         scan = replace(scan, csm=methods.prepare(scan).csm)
         yield Case(name=f"{source}/{i}", scan=scan, reference=target, labels={"mask": mask, "source": source})
 
@@ -225,32 +223,6 @@ def part_coils(options: argparse.Namespace) -> None:
             group = list(cases(planes, source, mask, PARALLEL, 8))
             rows += judged(f"{source}, {mask}", group, entered, options.keep)
     save(rows, options, "coils")
-
-
-def part_doubt(options: argparse.Namespace) -> None:
-    """Coil maps believed to the noise, and data that contradict them counted as noise; a line for each scan."""
-    prior = loaded(options)
-    print(
-        "PSNR [dB] with maps believed, and with doubt; the factor on the variance of the noise; misfit over the noise, squared"
-    )
-    for source in (options.source, "knee"):
-        for mask in (mask for mask in PARALLEL if options.only in mask):
-            for case in cases(images(options, source), source, mask, PARALLEL, 8, noise=options.noise):
-                found = []
-                for most in (1.0, type(prior.mode)().doubt):
-                    prior.mode = replace(prior.mode, doubt=most)
-                    found.append(tunemri.reconstruct(case.scan, prior, estimate="map"))
-                assert case.reference is not None
-                scores = [metrics.psnr(out.magnitude, case.reference.abs()) for out in found]
-                factor, misfit = (
-                    found[1].stats["certificate"][0]["noise_factor"],
-                    found[0].stats["residual_over_noise"][0] ** 2,
-                )
-                print(
-                    f"{mask:28} {case.name:10} {scores[0]:6.2f} {scores[1]:6.2f} {scores[1] - scores[0]:+6.2f}"
-                    f"   {factor:5.2f} {misfit:6.2f}",
-                    flush=True,
-                )
 
 
 def part_adapted(options: argparse.Namespace) -> None:
@@ -555,7 +527,7 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
 
 
 PARTS = {
-    "masks": part_masks, "coils": part_coils, "doubt": part_doubt, "posterior": part_posterior, "adapted": part_adapted,
+    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "adapted": part_adapted,
     "regression": part_regression, "joint": part_joint,
     "speed": part_speed, "one": part_one, "prior": part_prior, "compare": part_compare,
 }  # fmt: skip
@@ -583,7 +555,6 @@ def main() -> None:
         "--real", action="store_true", help="of `masks`: images without phase, and a prior that knows so"
     )
     parser.add_argument("--spline", action="store_true", help="of `masks`: also with intensities by spline")
-    parser.add_argument("--noise", type=float, default=NOISE, help="of `doubt`, over the maximum of the image")
     parser.add_argument("--seconds", type=float, default=300, help="of training of each energy of `compare`")
     parser.add_argument("--seed", type=int, default=0, help="of `prior`")
     parser.add_argument("--keep", type=Path, help="folder that keeps finished rows, to go on from")

@@ -55,14 +55,14 @@ Csm = Annotated[
     str,
     Option(
         "--csm",
-        help="coil maps, where the scan has none: espirit, low-resolution, walsh, joint, or a file (bart ecalib -m1)",
+        help="coil maps, where the scan has none: auto, espirit, nlinv, walsh, low-resolution, joint, or a file (bart ecalib)",
     ),
 ]
 EarlierCsm = Annotated[
     str | None,
     Option(
         "--csm",
-        help="coil maps, where the scan has none: espirit (default), low-resolution, walsh, joint, or a file (bart ecalib -m1)",
+        help="coil maps, where the scan has none: auto (default), espirit, nlinv, walsh, low-resolution, joint, or a file (bart ecalib)",
     ),
 ]
 ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]
@@ -315,7 +315,7 @@ def recon(
     seed = int(earlier.get("seed", 0)) if seed is None else seed
     slices = earlier.get("slice") if slices is None else slices
     if csm is None:
-        csm = str(earlier.get("csm", "espirit"))
+        csm = str(earlier.get("csm", "auto"))
         csm = csm if source is None or csm in MAPS else str(texts.beside(Path(csm), source))
     asked = jobs.Asked(
         model=model, earlier=json.dumps(earlier), settings=tuple(settings or ()), csm=csm, reference=reference,
@@ -420,7 +420,7 @@ def sweep(
     metrics: Annotated[
         str, Option("--metrics", help="comma-separated, e.g. psnr,ssim,nmse,mae,hfen")
     ] = "psnr,ssim,mae,hfen",
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     slices: Slices = None,
     address: Cluster = None,
     overwrite: Overwrite = False,
@@ -492,7 +492,7 @@ def choose(
     within: Annotated[float, Option("--within", help="of diverse: dB of held-out error that a setting may lose")] = 1.0,
     reference: ReferenceFile = None,
     metric: Annotated[str, Option("--metric", help="of reference")] = "psnr",
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     slices: Slices = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -542,7 +542,7 @@ def compare(
     model: Models,
     output: Output,
     reference: ReferenceFile = None,
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     slices: Slices = None,
     metrics: Annotated[str, Option("--metrics", help="comma-separated")] = "psnr,ssim",
     overwrite: Overwrite = False,
@@ -608,7 +608,7 @@ def view(
         int | None, Option("--port", metavar="P", min=1, max=65535, help="default 8765, or any free one")
     ] = None,
     no_open: Annotated[bool, Option("--no-open", help="print the link, open no browser")] = False,
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     reference: ReferenceFile = None,
 ) -> None:
     """Turn the dials in your browser: A, B and their difference, the range, what you keep. For this machine only."""
@@ -640,7 +640,7 @@ def export(
     scan: ScanArgument,
     model: Model,
     output: Annotated[Path, Option("-o", "--output", metavar="RANGE.html", help="the file to write")],
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     reference: ReferenceFile = None,
     slices: Annotated[str | None, Option("--slice", metavar="K", help="which slice; default the middle one")] = None,
     overwrite: Overwrite = False,
@@ -728,7 +728,7 @@ def adapt(
         str | None,
         Option("--by", help="reference or heldout-kspace; default: reference where every scan has one"),
     ] = None,
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     slices: Slices = None,
     seed: Seed = 0,
     anyway: Annotated[bool, Option("--anyway", help="write them even where the gain may be none")] = False,
@@ -806,7 +806,7 @@ def equalise(
     dial: Annotated[
         list[str] | None, Option("--dial", help="repeatable; whose slider; default: of all dials with a range")
     ] = None,
-    csm: Csm = "espirit",
+    csm: Csm = "auto",
     slices: Slices = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -206,7 +206,7 @@ def _one_part(scan: Path, asked: Asked, slices: str | None, dark: int, total: in
     data, truth = load(scan, slices, asked.csm, asked.reference, joint=True)
     start = time.perf_counter()
     if bool(data.kspace.any()) or dark + len(data) == (total or len(data)):
-        way = "joint" if asked.csm == "joint" else "espirit"  # other maps are in the scan by now
+        way = "joint" if asked.csm == "joint" else "auto"  # other maps are in the scan by now
         with _watched(chosen.model):
             out = reconstruct(
                 data.to(asked.device), chosen.model, csm=way, extrapolate=asked.extrapolate, **chosen.dials
@@ -312,7 +312,7 @@ def load(
         elif scan.csm is None and scan.coils > 1 and not joint:
             raise errors.BadOption(
                 "maps are found with an image, so each setting would have its own", key="csm",
-                help="only `tunemri recon` does it; here espirit, low-resolution, walsh or a file",
+                help="only `tunemri recon` does it; here auto, espirit, nlinv, walsh, low-resolution or a file",
             )  # fmt: skip
     truth = (
         formats.read_reference(path, slices=cut)

@@ -166,7 +166,7 @@ def landscape(
     metric: str = "rpsnr",
     thresholds: Sequence[float] = (),
     far: float | None = 0.9,
-    csm: str = "espirit",
+    csm: str = "auto",
     file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Landscape:
@@ -583,7 +583,7 @@ def self_consistency(
     cases: Sequence[Case],
     settings: Sequence[Mapping[str, float]],
     *,
-    csm: str = "espirit",
+    csm: str = "auto",
     progress: Progress | None = None,
 ) -> Consistency:
     """Is the image at a setting the best one for that weighting of the losses? Needs no other network to compare with.

@@ -323,7 +323,7 @@ def _over_noise(residual: Tensor, scan: Scan, noise_std: float) -> list[float]:
     return [float(v) for v in left / (noise_std * (share * y.shape[1]).sqrt())]
 
 
-def prepare(scan: Scan, *, csm: str = "espirit") -> Scan:
+def prepare(scan: Scan, *, csm: str = "auto") -> Scan:
     """A scan ready for any method: maps present and normalised, each slice divided by its scale.
 
     Arguments:
@@ -338,7 +338,7 @@ def prepare(scan: Scan, *, csm: str = "espirit") -> Scan:
 
 def _prepared(scan: Scan, csm: str) -> Scan:
     joint = csm == "joint"
-    csm = "espirit" if joint else csm
+    csm = "auto" if joint else csm
     if csm not in coils.MAPS:
         raise errors.BadOption(f"found {csm!r}", key="csm", help=errors.did_you_mean(csm, coils.MAPS))
     if scan.trajectory is not None:
@@ -357,13 +357,13 @@ def _prepared(scan: Scan, csm: str) -> Scan:
             if one.trajectory is not None:
                 centre = calibration_block(one.kspace, one.trajectory, one.image_shape)
             assert centre[1] is not None
-            poor |= coils.poorly_calibrated(centre[1], one.image_shape)
+            poor |= csm not in ("auto", "nlinv") and coils.poorly_calibrated(centre[1], one.image_shape)
             pieces.append(coils.MAPS[csm](centre[0], centre[1]))
         maps = torch.cat(pieces)
-        if poor and not joint:
+        if poor:
             errors.warn(
                 f"hardly a centre of k-space to estimate the maps of {scan.coils} coils from: expect poor ones; "
-                "name a file with maps, if there is one"
+                "auto and nlinv take them from all samples, or name a file with maps"
             )
     if maps is not None:
         rss = maps.abs().square().sum(1, keepdim=True).sqrt()
@@ -386,7 +386,7 @@ def _too_large(scan: Scan) -> errors.NoMemory:
 
 
 def reconstruct(
-    scan: Scan, model: Reconstructor, *, csm: str = "espirit", extrapolate: bool = False, **dials: Any
+    scan: Scan, model: Reconstructor, *, csm: str = "auto", extrapolate: bool = False, **dials: Any
 ) -> Reconstruction:
     """Reconstruct every slice of a scan: estimate maps if needed → normalise → encode → model → un-normalise.
 

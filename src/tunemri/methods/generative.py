@@ -37,8 +37,6 @@ _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
 _LEAST = 0.01  # variance of D's error around a pixel, over σ², below which no estimate of it is believed
-# Of `Generative._doubt`: steps down, the misfit that good maps leave too, and what more of it is worth.
-_GLANCE, _USUAL, _WORTH = 16, 1.2, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +52,7 @@ class Mode:
         inertia: steps for which it builds up at most.
         tolerance: on the relative change of the image in a step of descent.
         inner: conjugate gradient steps, at most, with which the data are met in each.
-        doubt: most by which the variance of the noise is raised where data of several coils contradict their maps; 1: never.
-        mu: weight of the roughness of coil maps, where they are sought too.
+        mu: weight of the roughness of what is added to coil maps, where they are sought too.
         map_levels: levels that end the way then, instead of `levels`: maps move there alone, for an image that is not yet one
             would spoil them.
         map_steps: for them, at each of these, at most.
@@ -69,7 +66,6 @@ class Mode:
     inertia: int = 10
     tolerance: float = 1e-3
     inner: int = 10
-    doubt: float = 4.0
     mu: float = 10.0
     map_levels: int = 6
     map_steps: int = 5
@@ -92,10 +88,9 @@ class Mode:
             or not 0 <= self.tolerance < 1
             or not 0 <= min(self.mu, self.noise) < math.inf
             or not self.start > 0
-            or not 1 <= self.doubt < math.inf
         ):
             raise errors.BadOption(
-                f"found {self}, expected levels ≥ 2, steps ≥ 1, start > 0, doubt ≥ 1, tolerance, noise and mu ≥ 0",
+                f"found {self}, expected levels ≥ 2, steps ≥ 1, start > 0, tolerance, noise and mu ≥ 0",
                 key="mode",
             )
 
@@ -311,9 +306,6 @@ class Generative(Reconstructor):
     ) -> Reconstruction:  # fmt: skip
         """Reconstruct: the mode of the posterior, or its mean and variance E|x − x̂|².
 
-        What no likely image explains of several coils counts as noise too, see `Mode.doubt`: coil maps from few calibration lines
-        are wrong, and what they get wrong would become details of the image. A ν that is too small is raised by the same.
-
         Arguments:
             noise: ν; None: as `noise_level` finds it.
             joint: estimate the coil maps together with the image, beginning at those of A.
@@ -327,8 +319,7 @@ class Generative(Reconstructor):
             y_b, A_b = y[b : b + 1], A.sample(b)
             B, z = A_b.preconditioned(y_b.detach())
             nu = noise_level(z, B) if noise is None else _positive(noise, "noise") * _gain(B)
-            doubt = None if joint else self._doubt(z, B, nu)  # maps that are sought are not yet to blame
-            nu *= math.sqrt(weight * (doubt or 1.0))
+            nu *= math.sqrt(weight)
             mode = self._mode(z, B, nu, joint) if joint or estimate == "map" else None
             if mode is not None and mode.csm is not None:
                 A_b, B = _with_maps(A_b, mode.csm), _with_maps(B, mode.csm)
@@ -339,8 +330,7 @@ class Generative(Reconstructor):
                 piece = self._mean(z, B, nu)
                 if mode is not None:
                     piece = replace(piece, csm=mode.csm, stats={**mode.stats, **piece.stats})
-            facts = {"lam": weight, **({} if doubt is None else {"noise_factor": doubt})}
-            about = {name: [{**one, **facts} for one in records] for name, records in piece.stats.items()}
+            about = {name: [{**one, "lam": weight} for one in records] for name, records in piece.stats.items()}
             pieces.append(replace(piece, residual=data_residual(piece.image, y_b, A_b), stats=about))
         return replace(joined(pieces), dials={"lam": float(lam), "estimate": estimate})
 
@@ -365,7 +355,7 @@ class Generative(Reconstructor):
     # ---------------------------------------------------------------- the mode
 
     def _mode(self, z: Tensor, A: LinearOperator, nu: float, joint: bool) -> Reconstruction:
-        """argmin_x ½‖A x − z‖² + (ν/σ)² E(x, σ), σ falling to ν, from the zero-filled image; jointly, + μ F(c)."""
+        """argmin_x ½‖A x − z‖² + (ν/σ)² E(x, σ), σ falling to ν, from the zero-filled image; jointly, + μ F(c − c₀)."""
         x, c, record = self._descend(self._begun(A, z), z, A, nu, _maps(A) if joint else None)
         certificate = [{"noise": nu, "levels": record, "unlike": float(self.unlike(x)), "bfloat16": self._quick(x)}]
         return Reconstruction(
@@ -382,17 +372,18 @@ class Generative(Reconstructor):
         The noise ξ keeps D within what it was trained for. Without it, errors of an image that is free of noise look
         like details, and stay or grow; with as much as σ, inertia has nothing to build on.
 
-        The data are met by their proximal map. Maps c, where there are any, are sought in turn with the image, so that
-        both are fit to the same data and smooth, see `coils.roughness`.
+        The data are met by their proximal map. Maps c, where there are any, are sought in turn with the image; what is
+        added to those they begin at is smooth, see `coils.roughness`. Maps that are smooth themselves, as the paper asks for, would
+        be worse than those of `coils.nlinv_maps`: they are far from zero at the edge of the image.
         """
-        plan, record, solution, b = self.mode, [], None, A.H(z)
+        plan, record, solution, b, begun = self.mode, [], None, A.H(z), c
         way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
         levels = self._levels(nu, plan.way + (plan.levels if c is None else plan.map_levels))
         x = self._down(x, levels[:way], nu, plan.noise, self._closest(A, b, plan.inner), _white())
         for sigma in levels[way:]:
             moved = None
-            if c is not None:
-                moved = self._smooth_maps(x, c, z, A)
+            if c is not None and begun is not None:
+                moved = self._smooth_maps(x, c, begun, z, A)
                 c = moved.value
                 A = _with_maps(A, coils.unit_maps(c))
                 b = A.H(z)
@@ -407,20 +398,6 @@ class Generative(Reconstructor):
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
         return x, c, record
-
-    def _doubt(self, z: Tensor, A: LinearOperator, nu: float) -> float | None:
-        """By how much more than ν² data of several coils err about likely images, 1 to `Mode.doubt`; None: not asked for.
-
-        From ‖A x − z‖² / N ν² of N samples, x at the end of a short way down. It ends somewhere, for where samples are
-        scattered wrong maps do little harm, and the prior more. The factors: docs/decisions/0019-energy.md.
-        """
-        most, count = self.mode.doubt, int((z != 0).sum())
-        if most == 1 or count == 0 or getattr(A, "csm", None) is None or isinstance(self.energy, Homogeneous):
-            return None
-        prox = self._closest(A, A.H(z), self.mode.inner)
-        x = self._down(self._begun(A, z), self._levels(nu, _GLANCE), nu, self.mode.noise, prox, _white())
-        misfit = 2 * float(half_square((A(x) - z) * (z != 0))) / (count * nu**2)
-        return min(1.0 + _WORTH * max(0.0, misfit - _USUAL), most)
 
     def _down(
         self, x: Tensor, levels: Sequence[float], nu: float, noise: float, prox: Callable[[Tensor, Tensor], Tensor],
@@ -477,8 +454,8 @@ class Generative(Reconstructor):
 
         return prox
 
-    def _smooth_maps(self, x: Tensor, c: Tensor, z: Tensor, A: Any) -> solvers.Solution:
-        """argmin_c ½‖A(x c/|c|) − z‖² + μ F(c) at fixed x, a few steps of it."""
+    def _smooth_maps(self, x: Tensor, c: Tensor, begun: Tensor, z: Tensor, A: Any) -> solvers.Solution:
+        """argmin_c ½‖A(x c/|c|) − z‖² + μ F(c − c₀) at fixed x, a few steps of it."""
         one, mu = replace(A, csm=None, **({} if A.shape else {"shape": A.in_shape})), self.mode.mu
         misfit = _misfit(lambda u: one(u[0])[:, 0][None], z)
 
@@ -492,8 +469,8 @@ class Generative(Reconstructor):
             return value, coils.joint_gradients(x, c, one.H(r)[None])[1]
 
         return solvers.apgd(
-            energy, gradient, c, prox=lambda v, tau: coils.smooth(v, mu * tau), penalty=lambda c: mu * coils.roughness(c),
-            iterations=self.mode.map_steps, tolerance=self.mode.tolerance,
+            energy, gradient, c, prox=lambda v, tau: begun + coils.smooth(v - begun, mu * tau),
+            penalty=lambda c: mu * coils.roughness(c - begun), iterations=self.mode.map_steps, tolerance=self.mode.tolerance,
         )  # fmt: skip
 
     def _attached(self, x: Tensor, y: Tensor, A: LinearOperator, nu: float) -> Tensor:

@@ -49,7 +49,7 @@ def adapt(
     refine: int = 4,
     folds: int = 5,
     fraction: float = 0.1,
-    csm: str = "espirit",
+    csm: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Adaptation:

@@ -89,7 +89,7 @@ def range_basis(
     fixed: Mapping[str, Any] | None = None,
     complex_valued: bool = False,
     index: int | None = None,
-    csm: str = "espirit",
+    csm: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RangeBasis:

@@ -54,7 +54,7 @@ def choose(
     fraction: float = 0.1,
     slices: int | None = 3,
     fixed: Mapping[str, Any] | None = None,
-    csm: str = "espirit",
+    csm: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Choice:

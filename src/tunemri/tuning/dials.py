@@ -40,7 +40,7 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: Reconstructor, scan: Scan, dials: Mapping[str, Any], name: str, *, csm: str = "espirit"
+    model: Reconstructor, scan: Scan, dials: Mapping[str, Any], name: str, *, csm: str = "auto"
 ) -> Sensitivity:
     """The derivative of the image along a dial at a setting, by one forward-mode pass (a Jacobian-vector product).
 
@@ -96,7 +96,7 @@ def range_map(
     *,
     dials: Mapping[str, Any] | None = None,
     points: int = 9,
-    csm: str = "espirit",
+    csm: str = "auto",
     progress: Progress | None = None,
 ) -> Tensor:
     """Largest minus smallest magnitude of every pixel over the range of a dial, real `(B, H, W)`.
@@ -132,7 +132,7 @@ def step_sizes(
     *,
     steps: int = 20,
     dials: Mapping[str, Any] | None = None,
-    csm: str = "espirit",
+    csm: str = "auto",
     progress: Progress | None = None,
 ) -> Tensor:
     """What each of `steps` equal steps of a slider changes, over the image: ‖|x̂ᵢ₊₁| - |x̂ᵢ|‖ / ‖x̂‖, `(steps,)`.
@@ -174,7 +174,7 @@ def equal_steps(
     fixed: Mapping[str, Any] | None = None,
     slices: int | None = 1,
     most: int = 97,
-    csm: str = "espirit",
+    csm: str = "auto",
     progress: Progress | None = None,
 ) -> Reconstructor:
     """The same model with other sliders: equal steps make an equal visible change, as the mean over scans has it.

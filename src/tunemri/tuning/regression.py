@@ -47,7 +47,7 @@ def fit_weight(
     slices: int = 12,
     points: int = 5,
     refine: int = 3,
-    csm: str = "espirit",
+    csm: str = "auto",
     progress: Progress | None = None,
 ) -> WeightFit:
     """Learn which weight of the prior a scan needs from the power of its data, for scans without a reference.

@@ -84,7 +84,7 @@ class Source:
 
     path: str
     sha256: str
-    csm: str = "espirit"
+    csm: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class Session:
         reference: Tensor | None = None,
         title: str = "scan",
         source: Source | None = None,
-        csm: str = "espirit",
+        csm: str = "auto",
         hashes: Mapping[str, str | None] | None = None,
     ) -> None:
         names = [c.name for c in contestants]
@@ -184,7 +184,7 @@ class Session:
                             for n in _SCORES} if self.reference is not None else {},
                 "source": None if source is None else {
                     "scan": source.path, "word": shlex.quote(source.path), "sha256": source.sha256, "csm": source.csm,
-                    "options": "" if source.csm == "espirit" else f" --csm {shlex.quote(source.csm)}",
+                    "options": "" if source.csm == "auto" else f" --csm {shlex.quote(source.csm)}",
                 },
             }
         )  # fmt: skip
@@ -245,7 +245,7 @@ class Session:
             return f"tunemri.reconstruct(scan, model, **{setting['dials']!r})"
         dials = "".join(f" {n}={v}" for n, v in setting["dials"].items())
         cut = f" --slice {setting['slice']}" if len(self.scan) > 1 else ""
-        csm = "" if source.csm == "espirit" else f" --csm {shlex.quote(source.csm)}"
+        csm = "" if source.csm == "auto" else f" --csm {shlex.quote(source.csm)}"
         set_ = f" --set{dials}" if dials else ""
         return f"tunemri recon {shlex.quote(source.path)} -m {shlex.quote(c.name)}{set_}{cut}{csm} -o out.h5"
 
