@@ -216,7 +216,7 @@ PARTS = [
         about="Eight coils; out of distribution is another anatomy here, fat suppression there. The VN of the paper saw Cartesian 4× "
         "only: cartesian-only here (recipes/cartesian-only.toml); hyper-brain saw all families, up to 8.5×. "
         "Their two estimates out of distribution († and *) stand beside MAP and MMSE.",
-        split=ONE_EACH + ", and val/ knee alike; noise 0.5 %, maps by ESPIRiT",
+        split=ONE_EACH + ", and val/ knee alike; noise 0.5 %, maps as by default (auto)",
         commands={
             "quick": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --no-mmse "
             "--supervised hyper-brain",
@@ -255,7 +255,7 @@ PARTS = [
     ),
     Part(
         name="generative-joint", chapter=GEN, title="Image and coil maps together", models=("energy-brain",),
-        about="4× with 4 % of the lines for calibration: maps by ESPIRiT, or estimated with the image.",
+        about="4× with 4 % of the lines for calibration: maps by ESPIRiT, by nonlinear inversion, or from there on with the image.",
         split="val/ ixi and openms, eight simulated coils, 128²; raw scans of a brain and a liver, two masks each",
         commands={"full": "generative.py joint --data {data} -o {out} --limit 2"}, show=plainly({}, printed=True),
     ),

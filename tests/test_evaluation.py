@@ -130,7 +130,7 @@ class TestSweep:
             calls.append(1)
             return torch.full_like(kspace, 3**-0.5)
 
-        monkeypatch.setitem(coils.MAPS, "espirit", estimate)
+        monkeypatch.setitem(coils.MAPS, "auto", estimate)
         evaluation.sweep(scan, Gain(), 4)
         assert len(calls) == len(scan)
 

@@ -523,14 +523,14 @@ def test_no_memory_says_what_to_cut(error: Exception, monkeypatch: pytest.Monkey
     def allocate(*a: Any, **k: Any) -> Any:
         raise error
 
-    monkeypatch.setitem(coils.MAPS, "espirit", allocate)
+    monkeypatch.setitem(coils.MAPS, "auto", allocate)
     volume = some_scan((16, 18), coils=2, slices=3)
     volume = type(volume)(**{**vars(volume), "csm": None})
     with pytest.raises(errors.NoMemory, match=r"3 slices of 2 coils, 16×18; fewer slices at a time \(--slice 0:1\)"):
         reconstruct(volume, methods.load("zero-filled"))
     with pytest.raises(errors.NoMemory, match="1 slices of 2 coils, 16×18; fewer coils"):
         reconstruct(select(volume, slice(0, 1)), methods.load("zero-filled"))
-    monkeypatch.setitem(coils.MAPS, "espirit", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setitem(coils.MAPS, "auto", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         reconstruct(volume, methods.load("zero-filled"))
 
@@ -596,7 +596,7 @@ def test_a_volume_is_prepared_slice_by_slice(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(ready.scale[b : b + 1], alone.scale)
         assert torch.equal(ready.csm[b : b + 1], alone.csm)
     sizes = []
-    monkeypatch.setitem(coils.MAPS, "espirit", lambda y, m: sizes.append(len(y)) or torch.full_like(y, 3**-0.5))
+    monkeypatch.setitem(coils.MAPS, "auto", lambda y, m: sizes.append(len(y)) or torch.full_like(y, 3**-0.5))
     prepare(volume)
     assert sizes == [1] * 4
 
