@@ -17,7 +17,7 @@ from laws import lines, random, relative, scan
 from tunemri import cli, console, errors, formats, trajectories, tuning
 from tunemri.datasets import Example
 from tunemri.fourier import fft2, ifft2
-from tunemri.methods import card, load, prepare, reconstruct, save
+from tunemri.methods import card, generative, load, prepare, reconstruct, save
 from tunemri.methods.generative import PRESETS, Generative, Likelihood, Regression, noise_level, power
 from tunemri.networks.energy import Energy, Homogeneous
 from tunemri.operators import Cartesian, NonCartesian, encoding
@@ -362,6 +362,21 @@ def test_maps_are_found_with_the_image():
         for trace in (level["objective"], level["maps"]):
             assert all(after <= before for before, after in zip(trace, trace[1:], strict=False))
     assert levels[1]["maps"][-1] < levels[1]["maps"][0]
+
+
+def test_of_two_starts_the_one_that_ends_lower_is_taken(monkeypatch):
+    """Where the centre is narrow; with a wide one there is one start."""
+    narrow, _ = simulate(phantom((32, 30))[None], mask=(torch.arange(30) % 3 == 0).float().expand(32, 30), coils=4)
+    model = gaussian(0.5, mode={"map_levels": 2})
+    begun, found = generative._starts, {}
+    for k in (0, 1):
+        with monkeypatch.context() as one:
+            one.setattr(generative, "_starts", lambda y, A, k=k: begun(y, A)[k : k + 1])
+            found[generative._value(reconstruct(narrow, model, csm="joint"))] = k
+    assert len(found) == 2
+    assert generative._value(reconstruct(narrow, model, csm="joint")) == min(found)
+    wide = prepare(scan((16, 18), coils=3))
+    assert len(begun(wide.kspace, encoding(wide))) == 1
 
 
 def test_who_cannot_find_maps_says_so():

@@ -16,19 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import errors, fourier, solvers
-from .fourier import ifft2
+from .fourier import fft2, ifft2
 from .scan import Scan
 
 __all__ = [
     "MAPS",
     "auto_maps",
     "complete_block",
+    "completed_maps",
     "compress",
     "compress_scan",
     "espirit_maps",
     "estimate_covariance",
     "joint_gradients",
     "low_resolution_maps",
+    "narrow_centre",
     "nlinv_maps",
     "noise_covariance",
     "poorly_calibrated",
@@ -44,6 +46,8 @@ _LEAST = 6  # side of the smallest block worth calling a calibration
 _GRID = 96  # points per axis on which ESPIRiT's matrices are decomposed: nine times what their 11×11 terms need
 _CENTRE = 64  # samples per axis from which nonlinear inversion finds maps of a few cycles
 _WIDTH = 5.0  # of the weights of these cycles, which fall to 1/256 there
+_STEPS = 17  # of Gauss and Newton
+_CALIBRATION = 24  # side of the block that ESPIRiT looks at
 _ENOUGH = 12  # lines of a complete block: with fewer, ESPIRiT's kernel shrinks to what knows little of the coils
 _VISIBLE = 0.05  # of the brightest pixel: what nobody may lose
 _CHUNK = 2**22  # matrix entries decomposed at once: 32 MB, and a few times that for the products
@@ -165,7 +169,7 @@ def espirit_maps(
     return torch.stack(maps)
 
 
-def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = 17) -> Tensor:
+def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = _STEPS) -> Tensor:
     """Maps that explain all samples together with an image: regularised nonlinear inversion.
 
         min ‖M F(ρ c_j) - y_j‖² + αₙ (‖ρ‖² + Σ_j ‖W F c_j‖²),    W = (1 + |k|²/5²)⁸,    αₙ = 2⁻ⁿ
@@ -193,8 +197,29 @@ def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = 17) -> Tensor:
     if steps < 1:
         raise errors.BadOption(f"found {steps}, expected a whole number ≥ 1", key="steps")
     shape = (kspace.shape[-2], kspace.shape[-1])
-    sampled = mask.to(kspace.real.dtype).expand(len(kspace), 1, *shape)
-    return _unit(torch.stack([_inverted(y, m, shape, steps) for y, m in zip(kspace, sampled, strict=True)]))
+    sampled = mask.expand(len(kspace), 1, *shape)
+    spectra = [fft2(_inverted(y, m, steps)[1]) for y, m in zip(kspace, sampled, strict=True)]
+    return _unit(ifft2(fourier.pad(torch.stack(spectra), shape)).to(kspace.dtype))
+
+
+def completed_maps(kspace: Tensor, mask: Tensor) -> Tensor:
+    """ESPIRiT's maps of a centre of 24×24 samples, those that are missing filled in by nonlinear inversion.
+
+        y + (1 - M) F(ρ c_j),    ρ and c as of `nlinv_maps`
+
+    They may vary faster than those of `nlinv_maps`, where the measured samples of the centre say so.
+
+    Arguments, Returns: as `nlinv_maps`.
+    """
+    shape = (kspace.shape[-2], kspace.shape[-1])
+    side = (min(_CALIBRATION, shape[0]), min(_CALIBRATION, shape[1]))
+    blocks = []
+    for y, m in zip(kspace, mask.expand(len(kspace), 1, *shape), strict=True):
+        rho, c = _inverted(y, m)
+        guess = fourier.crop(fft2(rho * c), side).to(y)
+        blocks.append(torch.where(fourier.crop(m, side) > 0, fourier.crop(y, side), guess))
+    known = fourier.pad(torch.ones(1, 1, *side, device=mask.device), shape)
+    return espirit_maps(fourier.pad(torch.stack(blocks), shape), known, calibration=_CALIBRATION)
 
 
 def auto_maps(kspace: Tensor, mask: Tensor) -> Tensor:
@@ -203,13 +228,19 @@ def auto_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     Arguments, Returns: as `nlinv_maps`.
     """
     shape = (kspace.shape[-2], kspace.shape[-1])
-    enough = tuple(min(_ENOUGH, size) for size in shape)
-    maps = []
-    for y, sampled in zip(kspace, mask.expand(len(kspace), -1, -1, -1), strict=True):
-        block = complete_block(sampled[0], shape) or (0, 0)
-        found = espirit_maps if block[0] >= enough[0] and block[1] >= enough[1] else nlinv_maps
-        maps.append(found(y[None], sampled[None]))
-    return torch.cat(maps)
+    sampled = mask.expand(len(kspace), -1, -1, -1)
+    return torch.cat(
+        [
+            (nlinv_maps if narrow_centre(m[0], shape) else espirit_maps)(y[None], m[None])
+            for y, m in zip(kspace, sampled, strict=True)
+        ]
+    )
+
+
+def narrow_centre(mask: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether a mask `(H or 1, W)` has no complete block of 12×12 (or as long as the axis), too little for ESPIRiT."""
+    block = complete_block(mask, shape) or (0, 0)
+    return any(side < min(_ENOUGH, size) for side, size in zip(block, shape, strict=True))
 
 
 MAPS: dict[str, Callable[..., Tensor]] = {
@@ -218,6 +249,7 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     "walsh": walsh_maps,
     "espirit": espirit_maps,
     "nlinv": nlinv_maps,
+    "completed": completed_maps,
 }
 
 
@@ -583,19 +615,19 @@ def _espirit(
     return csm * ((planes[-2] >= crop) | (planes[-1] > _VISIBLE * rss.amax())) if cut else csm
 
 
-def _inverted(y: Tensor, mask: Tensor, shape: tuple[int, int], steps: int) -> Tensor:
-    """Maps `(C, *shape)` of one slice, of any norm, by nonlinear inversion.
+def _inverted(y: Tensor, mask: Tensor, steps: int = _STEPS) -> tuple[Tensor, Tensor]:
+    """ρ `(1, h, w)` and c `(C, h, w)` of the central samples of one slice, by nonlinear inversion.
 
-    In double precision, for seventeen steps of a few conjugate gradients each make much of rounding; both origins at index 0.
+    In double precision, for seventeen steps of a few conjugate gradients each make much of rounding.
     """
-    grid = (min(shape[0], _CENTRE), min(shape[1], _CENTRE))
-    there = (-(grid[0] // 2), -(grid[1] // 2))
-    kind = y.dtype
+    grid = (min(y.shape[-2], _CENTRE), min(y.shape[-1], _CENTRE))
+    there, back = (-(grid[0] // 2), -(grid[1] // 2)), (grid[0] // 2, grid[1] // 2)  # index 0 is the origin in between
     y = fourier.crop(y, grid).roll(there, (-2, -1)).to(torch.complex128)
     mask = fourier.crop(mask, grid).roll(there, (-2, -1)).double()
-    rows, columns = ((torch.arange(n) - n // 2).square().double() for n in grid)
-    W = (1 + (rows[:, None] + columns) / _WIDTH**2).pow(8).roll(there, (-2, -1)).to(mask)
-    y = y * (100 / torch.linalg.vector_norm(y).clamp(min=torch.finfo(y.real.dtype).tiny))
+    rows, columns = ((torch.arange(n, device=y.device) - n // 2).square().double() for n in grid)
+    W = (1 + (rows[:, None] + columns) / _WIDTH**2).pow(8).roll(there, (-2, -1))
+    scale = torch.linalg.vector_norm(y).clamp(min=torch.finfo(torch.float32).tiny) / 100
+    y = y / scale
 
     def step(u: Tensor, alpha: float) -> Tensor:
         """u and what Gauss and Newton add to it; u holds ρ, and W F c_j below it."""
@@ -615,8 +647,7 @@ def _inverted(y: Tensor, mask: Tensor, shape: tuple[int, int], steps: int) -> Te
     u = torch.cat((torch.ones_like(y[:1]), torch.zeros_like(y)))
     for n in range(steps):
         u = step(u, 0.5**n)
-    back = (grid[0] // 2, grid[1] // 2)
-    return ifft2(fourier.pad((u[1:] / W).roll(back, (-2, -1)), shape)).to(kind)
+    return scale * u[:1].roll(back, (-2, -1)), fourier.ifft2_raw(u[1:] / W).roll(back, (-2, -1))
 
 
 def _projection(block: Tensor, k: tuple[int, ...], threshold: float) -> Tensor:

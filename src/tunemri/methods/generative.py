@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import coils, errors, solvers
 from ..networks.energy import ENERGIES, Homogeneous
-from ..operators import LinearOperator, NonCartesian
+from ..operators import Cartesian, LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
 from .base import Dial, Reconstructor, data_residual, half_square, made
 
@@ -308,7 +308,8 @@ class Generative(Reconstructor):
 
         Arguments:
             noise: ν; None: as `noise_level` finds it.
-            joint: estimate the coil maps together with the image, beginning at those of A.
+            joint: estimate the coil maps together with the image, beginning at those of A; where the centre of k-space is narrow
+                also at `coils.completed_maps`, and what ends at the lower energy is taken, for the problem is not convex.
 
         Raises:
             BadOption: lam or noise not above zero. NonFinite: an energy or a state is not, at the step where it happens.
@@ -320,7 +321,11 @@ class Generative(Reconstructor):
             B, z = A_b.preconditioned(y_b.detach())
             nu = noise_level(z, B) if noise is None else _positive(noise, "noise") * _gain(B)
             nu *= math.sqrt(weight)
-            mode = self._mode(z, B, nu, joint) if joint or estimate == "map" else None
+            mode = None
+            if joint:
+                mode = min((self._mode(z, _with_maps(B, c), nu, joint) for c in _starts(y_b, A_b)), key=_value)
+            elif estimate == "map":
+                mode = self._mode(z, B, nu, joint)
             if mode is not None and mode.csm is not None:
                 A_b, B = _with_maps(A_b, mode.csm), _with_maps(B, mode.csm)
             if estimate == "map":
@@ -816,6 +821,20 @@ def _maps(A: LinearOperator) -> Tensor:
     if maps is None:
         raise errors.BadOption("one coil has no map to estimate", key="csm", help="leave out joint")
     return maps
+
+
+def _starts(y: Tensor, A: LinearOperator) -> list[Tensor]:
+    """Maps of one slice at which to begin."""
+    maps = _maps(A)
+    if not isinstance(A, Cartesian):
+        return [maps]
+    h, w = maps.shape[-2:]
+    return [maps, coils.completed_maps(y.detach(), A.mask)] if coils.narrow_centre(A.mask[0, 0], (h, w)) else [maps]
+
+
+def _value(mode: Reconstruction) -> float:
+    """Where the descent ended."""
+    return float(mode.stats["certificate"][0]["levels"][-1]["objective"][-1])
 
 
 def _with_maps(A: Any, maps: Tensor) -> LinearOperator:
