@@ -346,7 +346,7 @@ def part_posterior(options: argparse.Namespace) -> None:
 
 
 def part_joint(options: argparse.Namespace) -> None:
-    """4×, 4 % of the lines for calibration: maps by ESPIRiT, by nonlinear inversion, and from there on with the image."""
+    """4×, 4 % of the lines for calibration: maps by ESPIRiT, by nonlinear inversion, or together with the image."""
     prior = tunemri.load(options.model)
     gains: dict[str, list[float]] = {}
     for name, kspace, reference, seed in multicoil(options):

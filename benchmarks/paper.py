@@ -220,7 +220,7 @@ PARTS = [
         commands={
             "quick": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --no-mmse "
             "--supervised hyper-brain",
-            "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 2 "
+            "full": "generative.py coils --data {data} -o {out} --keep {out} --source ixi --limit 2 --size 96 --samples 8 "
             "--supervised hyper-brain --supervised {root}/recipes/cartesian-only.toml",
         },
     ),
@@ -255,7 +255,7 @@ PARTS = [
     ),
     Part(
         name="generative-joint", chapter=GEN, title="Image and coil maps together", models=("energy-brain",),
-        about="4× with 4 % of the lines for calibration: maps by ESPIRiT, by nonlinear inversion, or from there on with the image.",
+        about="4× with 4 % of the lines for calibration: maps by ESPIRiT, by nonlinear inversion, or together with the image.",
         split="val/ ixi and openms, eight simulated coils, 128²; raw scans of a brain and a liver, two masks each",
         commands={"full": "generative.py joint --data {data} -o {out} --limit 2"}, show=plainly({}, printed=True),
     ),

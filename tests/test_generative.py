@@ -375,7 +375,7 @@ def test_of_two_starts_the_one_that_ends_lower_is_taken(monkeypatch):
             found[generative._value(reconstruct(narrow, model, csm="joint"))] = k
     assert len(found) == 2
     assert generative._value(reconstruct(narrow, model, csm="joint")) == min(found)
-    wide = prepare(scan((16, 18), coils=3))
+    wide = prepare(simulate(phantom((16, 18))[None], mask=torch.ones(16, 18), coils=3)[0])
     assert len(begun(wide.kspace, encoding(wide))) == 1
 
 
