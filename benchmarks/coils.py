@@ -1,6 +1,7 @@
 """Coil maps: ESPIRiT against BART's `ecalib -m1`, and what maps are worth to a reconstruction.
 
-    python benchmarks/coils.py [--data DIR] [-o FILE.csv] [--sources NAME,…] [--limit N] [--size N] [-m MODEL …] [--iterations N]
+    python benchmarks/coils.py [--data DIR] [-o FILE.csv] [--sources NAME,…] [--limit N] [--size N] [--masks N]
+        [-m MODEL] … [--iterations N]
 
 First, on the raw multi-coil scans of DIR/bench/raw (default: TUNEMRI_DATA, or shared/data beside the checkout), with the
 same parameters, one thread each: the difference of the two projections of the coil images x = F⁻¹ y inside BART's maps,
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tunemri
-from tunemri.coils import MAPS, espirit_maps
+from tunemri.coils import MAPS, completed_maps, espirit_maps
 from tunemri.datasets import SOURCES, load_images
 from tunemri.fourier import crop, ifft2
 from tunemri.masks import make_mask
@@ -63,6 +64,7 @@ MASKS: dict[str, tuple[str, float, dict[str, Any]]] = {
 FEW = {f"Cartesian 4×, {share} %": ("cartesian-random", 4, {"center_fraction": share / 100}) for share in (4, 8)}
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     **MAPS,
+    "completed": completed_maps,
     "espirit everywhere": partial(espirit_maps, crop=0.0),
     "espirit, cut": partial(espirit_maps, cut=True),
 }

@@ -77,7 +77,7 @@ def undersampled(full: Scan, name: str, family: str) -> Case:
     h, w = (n // 2 * 2 for n in full.image_shape)
     full = Scan(kspace=crop(full.kspace, (h, w)), mask=torch.ones(1, 1, h, w), image_shape=(h, w))
     mask = make_mask(family, (h, w), 4, seed=0)[None, None]
-    scan = methods.prepare(replace(full, kspace=full.kspace * mask, mask=mask))
+    scan = methods.prepare(replace(full, kspace=full.kspace * mask, mask=mask), csm="espirit")
     x = ifft2(full.kspace)
     x = x[:, 0] if scan.csm is None else (scan.csm.conj() * x).sum(1)
     return against(x, scan, f"{name}, {family} {scan.acceleration:.1f}×")
@@ -93,7 +93,7 @@ def against(x: Tensor, scan: Scan, name: str) -> Case:
 
 def held_out(scan: Scan, name: str) -> Case:
     """A scan as acquired, judged by samples that nobody else gets to see."""
-    ready = methods.prepare(scan)
+    ready = methods.prepare(scan, csm="espirit")
     if ready.trajectory is not None:
         kept = (torch.arange(ready.kspace.shape[-1]) // READOUT) % 10 != 0
         seen = replace(ready, kspace=ready.kspace[..., kept], trajectory=ready.trajectory[:, kept])
@@ -114,7 +114,7 @@ def one_frame(frames: Scan, index: int, name: str) -> Case:
     """A frame of a radial series, judged by the image of all spokes; its maps are theirs, too."""
     assert frames.trajectory is not None
     y, k = frames.kspace.movedim(0, 1).flatten(1)[None], frames.trajectory.flatten(0, 1)[None]
-    everything = methods.prepare(replace(frames, kspace=y, trajectory=k, scale=None))
+    everything = methods.prepare(replace(frames, kspace=y, trajectory=k, scale=None), csm="espirit")
     assert everything.scale is not None
     x = Sense(iterations=50)(everything.kspace, encoding(everything), lam=1e-3).image
     scan = methods.prepare(replace(select(frames, slice(index, index + 1)), csm=everything.csm))

@@ -29,6 +29,7 @@ from tunemri.coils import (
     prewhiten,
     roughness,
     smooth,
+    thinly_sampled,
     unit_maps,
     walsh_maps,
     whiten_scan,
@@ -42,7 +43,7 @@ from tunemri.scan import Scan
 from tunemri.simulate import phantom, simulate
 
 METHODS = sorted(MAPS)
-CENTRED = sorted(set(MAPS) - {"nlinv", "completed"})  # which look at the complete block only, where there is one
+CENTRED = sorted(set(MAPS) - {"nlinv"})  # which look at the complete block only, where there is one
 
 
 def unexplained(x: Tensor, csm: Tensor) -> float:
@@ -144,7 +145,8 @@ def test_inversion_finds_maps_where_no_centre_is_complete(family: str, options: 
     true, target = simulate(phantom(shape)[None], mask=mask, coils=6, noise=0.003, store_maps=True)
     assert true.csm is not None and true.mask is not None
     x = true.csm * target[:, None] * (target.abs() > 0.1)[:, None]
-    left = {name: unexplained(x, MAPS[name](true.kspace, true.mask)) for name in METHODS}
+    ways = {**MAPS, "completed": completed_maps}
+    left = {name: unexplained(x, f(true.kspace, true.mask)) for name, f in ways.items()}
     assert left["auto"] == left["nlinv"]
     assert max(left["nlinv"], left["completed"]) < 0.5 * min(left["espirit"], left["walsh"], left["low-resolution"]), (
         left
@@ -169,8 +171,7 @@ def test_a_centre_that_needs_no_completing_gives_the_maps_of_espirit() -> None:
     torch.testing.assert_close(completed_maps(y, torch.ones(1, 1, *shape)), espirit_maps(y, torch.ones(1, 1, *shape)))
 
 
-def test_inversion_costs_no_more_for_a_large_matrix_and_is_smooth_there() -> None:
-    """From the central samples alone: what lies outside changes nothing."""
+def test_inversion_looks_at_the_central_samples_alone() -> None:
     y, mask = random((1, 3, 150, 90)), torch.ones(1, 1, 150, 90)
     outside = torch.ones(150, 90)
     outside[75 - 32 : 75 + 32, 45 - 32 : 45 + 32] = 0
@@ -243,7 +244,25 @@ def test_only_a_scan_without_a_centre_is_called_poorly_calibrated(family: str) -
         if family == "random":
             stack.enter_context(pytest.warns(TunemriWarning, match="expect poor ones"))
         prepare(y, csm="espirit")
+    assert not thinly_sampled(mask, shape)
     prepare(y)
+
+
+@pytest.mark.parametrize("kind", ["every second line", "random 8×"])
+def test_a_centre_that_tells_no_maps_is_said(kind: str) -> None:
+    """The maps are as wrong as they are said to be."""
+    shape = (96, 80)
+    lines = (torch.arange(80) % 2 == 0).float().expand(shape)
+    mask = lines if kind == "every second line" else make_mask("random", shape, 8)
+    y, target = simulate(phantom(shape)[None], mask=mask, coils=6, store_maps=True)
+    assert y.csm is not None and y.mask is not None
+    x = y.csm * target[:, None] * (target.abs() > 0.1)[:, None]
+    assert unexplained(x, auto_maps(y.kspace, y.mask)) > 0.1
+    assert thinly_sampled(y.mask, shape)
+    with pytest.warns(TunemriWarning, match="expect poor ones; name a file"):
+        prepare(replace(y, csm=None))
+    for size in ((1, 1), (1, 9), (20, 1), (7, 5)):
+        assert not thinly_sampled(torch.ones(1, 1, *size), size)
 
 
 def test_bad_arguments_are_named() -> None:

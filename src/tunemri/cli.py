@@ -55,14 +55,14 @@ Csm = Annotated[
     str,
     Option(
         "--csm",
-        help="coil maps, where the scan has none: auto, espirit, nlinv, walsh, low-resolution, joint, or a file (bart ecalib)",
+        help="coil maps of a scan without: auto, espirit, nlinv, walsh, low-resolution, joint, or a file (bart ecalib -m1)",
     ),
 ]
 EarlierCsm = Annotated[
     str | None,
     Option(
         "--csm",
-        help="coil maps, where the scan has none: auto (default), espirit, nlinv, walsh, low-resolution, joint, or a file (bart ecalib)",
+        help="coil maps of a scan without: auto (default), espirit, nlinv, walsh, low-resolution, joint, or a file (bart ecalib -m1)",
     ),
 ]
 ReferenceFile = Annotated[Path | None, Option("--reference", metavar="FILE", help="ground truth, for metrics")]

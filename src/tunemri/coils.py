@@ -30,13 +30,14 @@ __all__ = [
     "estimate_covariance",
     "joint_gradients",
     "low_resolution_maps",
-    "narrow_centre",
     "nlinv_maps",
+    "narrow_centre",
     "noise_covariance",
     "poorly_calibrated",
     "prewhiten",
     "roughness",
     "smooth",
+    "thinly_sampled",
     "unit_maps",
     "walsh_maps",
     "whiten_scan",
@@ -170,7 +171,7 @@ def espirit_maps(
 
 
 def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = _STEPS) -> Tensor:
-    """Maps that explain all samples together with an image: regularised nonlinear inversion.
+    """Maps that explain the samples together with an image: regularised nonlinear inversion.
 
         min ‖M F(ρ c_j) - y_j‖² + αₙ (‖ρ‖² + Σ_j ‖W F c_j‖²),    W = (1 + |k|²/5²)⁸,    αₙ = 2⁻ⁿ
 
@@ -178,7 +179,7 @@ def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = _STEPS) -> Tensor:
     100. W leaves the maps a few cycles, so that samples far from the centre can tell them from the image. That needs
     no complete block: where ESPIRiT has a few lines or none, these maps are far better.
 
-    Maps so smooth are found from the central 64×64 samples, which costs the same whatever the size of the image.
+    Maps so smooth are found from the central 64×64 samples, whatever the size of the image; the cost grows with the coils.
 
     Arguments:
         kspace: complex `(B, C, H, W)`, zero where not sampled.
@@ -238,7 +239,12 @@ def auto_maps(kspace: Tensor, mask: Tensor) -> Tensor:
 
 
 def narrow_centre(mask: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether a mask `(H or 1, W)` has no complete block of 12×12 (or as long as the axis), too little for ESPIRiT."""
+    """Whether the centre has no complete block of 12×12, or as long as the axis where that is shorter: too little for ESPIRiT.
+
+    Arguments:
+        mask: real `(H or 1, W)`, 1 where sampled.
+        shape: `(H, W)`.
+    """
     block = complete_block(mask, shape) or (0, 0)
     return any(side < min(_ENOUGH, size) for side, size in zip(block, shape, strict=True))
 
@@ -249,7 +255,6 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     "walsh": walsh_maps,
     "espirit": espirit_maps,
     "nlinv": nlinv_maps,
-    "completed": completed_maps,
 }
 
 
@@ -297,6 +302,25 @@ def poorly_calibrated(mask: Tensor, shape: tuple[int, int]) -> bool:
         complete_block(m[0], shape) is None and float(fourier.crop(m.expand(1, *shape), (8, 8)).double().mean()) < 0.75
         for m in mask
     )
+
+
+def thinly_sampled(mask: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether some slice has under 15 % of a quadrant of its central 16×16 samples, or no two neighbours along an axis.
+
+    Nonlinear inversion then misses over a tenth of the coil images: what lies a period of the pattern apart looks the same.
+
+    Arguments:
+        mask: real `(B or 1, 1, H or 1, W)`, 1 where sampled.
+        shape: `(H, W)`.
+    """
+    for m in mask:
+        centre = fourier.crop(m.expand(1, *shape), (min(16, shape[0]), min(16, shape[1])))[0] > 0
+        along = [(centre[1:] & centre[:-1]).any(), (centre[:, 1:] & centre[:, :-1]).any()]
+        if any(not bool(pairs) for pairs, size in zip(along, shape, strict=True) if size > 1):
+            return True
+        if min(float(q.double().mean()) for rows in centre.split(8) for q in rows.split(8, 1)) < 0.15:
+            return True
+    return False
 
 
 def roughness(maps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import coils, errors
 from ..nufft import calibration_block
-from ..operators import LinearOperator, encoding
+from ..operators import Cartesian, LinearOperator, encoding
 from ..scan import Reconstruction, Scan, joined, normalise, select
 
 __all__ = ["Dial", "Reconstructor", "data_residual", "half_square", "made", "prepare", "reconstruct"]
@@ -357,13 +357,15 @@ def _prepared(scan: Scan, csm: str) -> Scan:
             if one.trajectory is not None:
                 centre = calibration_block(one.kspace, one.trajectory, one.image_shape)
             assert centre[1] is not None
-            poor |= csm not in ("auto", "nlinv") and coils.poorly_calibrated(centre[1], one.image_shape)
+            found = csm in ("auto", "nlinv")
+            poor |= (coils.thinly_sampled if found else coils.poorly_calibrated)(centre[1], one.image_shape)
             pieces.append(coils.MAPS[csm](centre[0], centre[1]))
         maps = torch.cat(pieces)
         if poor:
             errors.warn(
                 f"hardly a centre of k-space to estimate the maps of {scan.coils} coils from: expect poor ones; "
-                "auto and nlinv take them from all samples, or name a file with maps"
+                + ("" if csm in ("auto", "nlinv") else "auto and nlinv look beyond the complete lines, or ")
+                + "name a file with maps, if there is one"
             )
     if maps is not None:
         rss = maps.abs().square().sum(1, keepdim=True).sqrt()
@@ -374,6 +376,13 @@ def _prepared(scan: Scan, csm: str) -> Scan:
             )
             maps = maps / torch.where(inside, rss, torch.ones_like(rss)) * inside
     return normalise(replace(scan, csm=maps))
+
+
+def _other_maps(scan: Scan, y: Tensor, A: LinearOperator) -> Tensor | None:
+    """Maps of one slice for a second start, where its centre is narrow and nobody brought any."""
+    if scan.csm is not None or not isinstance(A, Cartesian):
+        return None
+    return coils.completed_maps(y, A.mask) if coils.narrow_centre(A.mask[0, 0], scan.image_shape) else None
 
 
 def _too_large(scan: Scan) -> errors.NoMemory:
@@ -434,7 +443,9 @@ def reconstruct(
         for b in range(len(ready)):
             # One slice at a time: memory stays flat, and a slice never depends on its neighbours.
             y, A_b = ready.kspace[b : b + 1], A.sample(b)
-            pieces.append(model(y, A_b, **(model.suggest(y, A_b) | given), **model.knows(ready, b), **together))
+            others = {"also": other} if together and (other := _other_maps(scan, y, A_b)) is not None else {}
+            settings = model.suggest(y, A_b) | given
+            pieces.append(model(y, A_b, **settings, **model.knows(ready, b), **together, **others))
     whole = joined(pieces)
     # A slice without signal has no image; what a network's biases make of it is not one.
     image = whole.image * ready.kspace.flatten(1).any(1)[:, None, None]

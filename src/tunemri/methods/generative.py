@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import coils, errors, solvers
 from ..networks.energy import ENERGIES, Homogeneous
-from ..operators import Cartesian, LinearOperator, NonCartesian
+from ..operators import LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
 from .base import Dial, Reconstructor, data_residual, half_square, made
 
@@ -303,13 +303,14 @@ class Generative(Reconstructor):
         ] = "map",
         noise: float | None = None,
         joint: bool = False,
+        also: Tensor | None = None,
     ) -> Reconstruction:  # fmt: skip
         """Reconstruct: the mode of the posterior, or its mean and variance E|x − x̂|².
 
         Arguments:
             noise: ν; None: as `noise_level` finds it.
-            joint: estimate the coil maps together with the image, beginning at those of A; where the centre of k-space is narrow
-                also at `coils.completed_maps`, and what ends at the lower energy is taken, for the problem is not convex.
+            joint: estimate the coil maps together with the image, beginning at those of A.
+            also: other maps `(B, C, H, W)` to begin at: the problem is not convex, and the image of the lower objective is taken.
 
         Raises:
             BadOption: lam or noise not above zero. NonFinite: an energy or a state is not, at the step where it happens.
@@ -323,7 +324,8 @@ class Generative(Reconstructor):
             nu *= math.sqrt(weight)
             mode = None
             if joint:
-                mode = min((self._mode(z, _with_maps(B, c), nu, joint) for c in _starts(y_b, A_b)), key=_value)
+                starts = [_maps(A_b)] if also is None else [_maps(A_b), also[b : b + 1]]
+                mode = min((self._mode(z, _with_maps(B, c), nu, joint) for c in starts), key=_objective)
             elif estimate == "map":
                 mode = self._mode(z, B, nu, joint)
             if mode is not None and mode.csm is not None:
@@ -823,17 +825,8 @@ def _maps(A: LinearOperator) -> Tensor:
     return maps
 
 
-def _starts(y: Tensor, A: LinearOperator) -> list[Tensor]:
-    """Maps of one slice at which to begin."""
-    maps = _maps(A)
-    if not isinstance(A, Cartesian):
-        return [maps]
-    h, w = maps.shape[-2:]
-    return [maps, coils.completed_maps(y.detach(), A.mask)] if coils.narrow_centre(A.mask[0, 0], (h, w)) else [maps]
-
-
-def _value(mode: Reconstruction) -> float:
-    """Where the descent ended."""
+def _objective(mode: Reconstruction) -> float:
+    """Where the descent of the image ended."""
     return float(mode.stats["certificate"][0]["levels"][-1]["objective"][-1])
 
 
