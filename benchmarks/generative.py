@@ -3,6 +3,7 @@
     python benchmarks/generative.py masks      one image, many patterns: zero-filled, TV, a supervised network, MAP, MMSE
     python benchmarks/generative.py coils      the same with eight coils, in and out of distribution
     python benchmarks/generative.py posterior  intervals against errors, growth with acceleration, mixing of the chains
+    python benchmarks/generative.py widths     how much wider than the draws errors are: `temperature` and `coarse` of a recipe
     python benchmarks/generative.py adapted    another anatomy: the weight from `tunemri choose`, without a reference
     python benchmarks/generative.py regression the weight by a line through training subjects, against 1 and the best
     python benchmarks/generative.py joint      image and coil maps together, few calibration lines, simulated and raw scans
@@ -46,12 +47,12 @@ from torch import Tensor
 import tunemri
 from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers, training, tuning
 from tunemri.evaluation import Case, Contestant, Row
-from tunemri.fourier import crop, ifft2
+from tunemri.fourier import crop, fft2, ifft2
 from tunemri.masks import make_mask
 from tunemri.methods.classical import TotalVariation, ZeroFilled
 from tunemri.methods.generative import Generative
-from tunemri.operators import Cartesian
-from tunemri.scan import Scan
+from tunemri.operators import Cartesian, encoding
+from tunemri.scan import Scan, normalise
 from tunemri.simulate import phantom, simulate, smooth_phase
 
 # name → family, acceleration, options: the patterns of the paper.
@@ -69,6 +70,11 @@ PARALLEL: dict[str, tuple[str, float, dict[str, Any]]] = {
     "Cartesian 4×, 4 %": MASKS["Cartesian 4×, 4 %"],
     "radial 11×": ("radial", 11, {}),
     "Gaussian 8×": ("gaussian", 8, {"calibration": 0}),
+}
+# Few and many samples, with a centre and without.
+SPREAD: dict[str, tuple[str, float, dict[str, Any]]] = {
+    **{f"Cartesian {r}×": ("cartesian-random", r, {}) for r in (2, 4, 8)},
+    **{mask: MASKS[mask] for mask in ("radial 6×", "random 3×, no centre")},
 }
 NOISE = 0.005
 MEAN_OF = ("Cartesian 4×, 8 %", "spiral 5×", "radial 6×")  # the bar of 1.5 dB is on their mean
@@ -286,15 +292,11 @@ def part_posterior(options: argparse.Namespace) -> None:
     """90 % intervals of both parts of every pixel of the object; correlation of standard deviation and error."""
     prior = loaded(options)
     planes = images(options, options.source)
-    patterns: dict[str, tuple[str, float, dict[str, Any]]] = {
-        **{f"Cartesian {r}×": ("cartesian-random", r, {}) for r in (2, 4, 8)},
-        **{mask: MASKS[mask] for mask in ("radial 6×", "random 3×, no centre")},
-    }
     print(
         "pattern                  coverage: object  everywhere   correlation   mean std   R-hat ≤ 1.1   ESS (median)   s"
         "   PSNR [dB] of mode and mean"
     )
-    patterns = {mask: family for mask, family in patterns.items() if options.only in mask}
+    patterns = {mask: family for mask, family in SPREAD.items() if options.only in mask}
     deviations: dict[str, float] = {}
     picture: list[plots.Panel] = []
     for mask in patterns:
@@ -343,6 +345,53 @@ def part_posterior(options: argparse.Namespace) -> None:
         )
     if picture and options.output:
         plots.strip(picture).save(options.output / "posterior.png", overwrite=True)
+
+
+def part_widths(options: argparse.Namespace) -> None:
+    """|error|² of the mean over the variance of draws, where k-space was not sampled, by spatial frequency; training images.
+
+    The two numbers of `Draws` are the least squares fit of a (1 + (ρ₀/ρ)³) to its logarithm.
+    """
+    prior = loaded(options)
+    edges = (0, 1.5, 3, 5, 8, 12, 18, 26, 36, 1e9)
+    patterns = {mask: family for mask, family in SPREAD.items() if options.only in mask}
+    found: dict[str, list[list[float]]] = {mask: [] for mask in patterns}
+    points: list[tuple[float, float]] = []
+    for source in ("openms", "ixi", "cardiac"):
+        planes = images(options, source, "train")
+        for mask in patterns:
+            for case in cases(planes, source, mask, patterns, 1):
+                ready = normalise(case.scan)
+                assert case.reference is not None and ready.scale is not None
+                drawn = prior.posterior(
+                    ready.kspace, encoding(ready), noise=ready.noise_std, observe=fft2, seed=options.seed
+                ).moments
+                truth = fft2(case.reference / ready.scale[:, None, None])[0].to(drawn.mean.dtype)
+                wrong, spread = (truth - drawn.mean).abs().square(), drawn.variance
+                h, w = wrong.shape
+                rho = torch.hypot((torch.arange(h) - h // 2)[:, None].float(), (torch.arange(w) - w // 2).float())
+                left = (ready.mask[0, 0] == 0).expand(h, w)
+                row = []
+                for lo, hi in itertools.pairwise(edges):
+                    ring = left & (rho >= lo) & (rho < hi)
+                    ratio = float(wrong[ring].sum() / spread[ring].sum()) if bool(ring.any()) else math.nan
+                    row.append(ratio)
+                    if not math.isnan(ratio):
+                        points.append((max(1.0, float(rho[ring].mean())), math.log(ratio)))
+                found[mask].append(row)
+    print("|error|² / variance of draws, geometric means, where ρ is at least [cycles per field of view]")
+    print(" " * 24 + "".join(f"{edge:9g}" for edge in edges[:-1]))
+    for mask, rows in found.items():
+        columns = [[math.log(v) for v in column if not math.isnan(v)] for column in zip(*rows, strict=True)]
+        print(f"{mask:24}" + "".join(f"{math.exp(statistics.fmean(c)):9.1f}" if c else " " * 9 for c in columns))
+    rho, ratio = torch.tensor(points, dtype=torch.float64).T
+    trials = torch.linspace(0, 10, 101, dtype=torch.float64)[:, None]
+    rest = ratio - (1 + (trials / rho) ** 3).log()
+    best = int(rest.var(1).argmin())
+    print(
+        f"temperature = {math.exp(float(rest[best].mean())):.1f}, coarse = {float(trials[best]):.1f}; n = {len(points)}, "
+        f"what is left of the logarithm {float(rest[best].std()):.2f}"
+    )
 
 
 def part_joint(options: argparse.Namespace) -> None:
@@ -528,7 +577,7 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
 
 
 PARTS = {
-    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "adapted": part_adapted,
+    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "widths": part_widths, "adapted": part_adapted,
     "regression": part_regression, "joint": part_joint,
     "speed": part_speed, "one": part_one, "prior": part_prior, "compare": part_compare,
 }  # fmt: skip

@@ -623,7 +623,7 @@ def repeated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         methods.save(test_weights.build(name), folder / f"{name}.safetensors")
     if "energy-brain" in methods.bundled():
         trained = methods.load("energy-brain")
-        few = methods.make("generative", trained.arguments | {"draws": {"chains": 2, "samples": 2, "levels": 3}})
+        few = methods.make("generative", trained.arguments | {"draws": {"chains": 2, "samples": 2}})
         few.load_state_dict(trained.state_dict())
         methods.save(few, folder / "few-draws.safetensors")
     # Maps are estimated for each image, too.

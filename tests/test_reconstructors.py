@@ -31,7 +31,7 @@ SMALL = {
     "generative": {
         "energy": {"widths": [4, 6]},
         "mode": {"way": 22, "levels": 3},
-        "draws": {"chains": 2, "samples": 2, "levels": 3},
+        "draws": {"chains": 2, "samples": 2},
         "precision": "float32",  # laws of the last digits
     },
 }

@@ -24,7 +24,7 @@ SMALL = {
     "single-weight": {"main": {"name": "unet", "width": 4, "batch_norm": True}, "weights": [0.25, 0.75]},
     "meta-learned": {"phases": 2, "tasks": [0.1, 0.5], "features": {"channels": 2}, "proposal": {"width": 4, "levels": 2}},
     "generative": {
-        "energy": {"widths": [4, 6]}, "mode": {"levels": 3}, "draws": {"chains": 2, "samples": 2, "levels": 3},
+        "energy": {"widths": [4, 6]}, "mode": {"levels": 3}, "draws": {"chains": 2, "samples": 2},
     },
 }  # fmt: skip
 WITH_WEIGHTS = pytest.mark.parametrize("name", SMALL)

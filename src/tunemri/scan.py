@@ -210,8 +210,8 @@ class Reconstruction:
         image: complex `(B, H, W)`, in the units of the k-space that it was made from.
         csm: the maps used, `(B or 1, C, H, W)`, or None.
         variance: pixelwise posterior variance `(B, H, W)`, or None where a method has none.
-        samples: a few draws from the posterior, complex `(B, S, H, W)`, or None where a method has none. They are as
-            drawn: where `stats` tell a `temperature`, the variance is that many times theirs.
+        samples: a few draws from the posterior, complex `(B, S, H, W)`, or None where a method has none. They spread as
+            `variance` says.
         status: "converged", or a sentence that says why not.
         stats: numbers worth reporting (iterations, objective, …), JSON-ready.
         dials: the settings used, name → number; those that are the same for all slices.

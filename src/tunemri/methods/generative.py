@@ -6,12 +6,12 @@
 images. x ↦ D(x, σ) = x − ∇E(x, σ) removes noise of that level, so −2∇E/σ² is the score of images with that noise.
 
 The mode is sought on a way down through the levels, with a little fresh noise at each, and then descended to with a
-certificate. Draws come from the same energies: noise is added and taken away in steps, and in each the data say what
-they know.
+certificate. Each draw goes the same way with more noise, its own, from data with noise of their own.
 
 Sources: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023), for the system;
 P. Vincent, "A connection between score matching and denoising autoencoders" (2011), for the training of our energy;
-S. Hurault, A. Leclaire, N. Papadakis, "Gradient step denoiser for convergent plug-and-play" (2022), for its form.
+S. Hurault, A. Leclaire, N. Papadakis, "Gradient step denoiser for convergent plug-and-play" (2022), for its form;
+M. Terris, T. Moreau, N. Pustelnik, J. Tachella, "Equivariant plug-and-play image reconstruction" (2024), for the views.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import coils, errors, solvers
+from ..fourier import fft2, ifft2
 from ..networks.energy import ENERGIES, Homogeneous
 from ..operators import LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
@@ -35,8 +36,9 @@ __all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "Regression",
 
 _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
+_SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again
+_DETAIL = 0.05  # standard deviation of details of images, over their scale
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
-_LEAST = 0.01  # variance of D's error around a pixel, over σ², below which no estimate of it is believed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,11 @@ class Draws:
         samples: of each chain; their number is `chains` times as large.
         start: σ of the noise on the zero-filled image from which each draw sets out.
         noise: standard deviation of the noise on its way down, over σ.
-        renew: σ of the noise that is added to what it comes to.
-        levels: of σ, geometric, through which that noise is taken away; of the paper's energy, which has none, steps
-            between draws.
-        burn_in: draws of each chain of the paper's energy that do not count; ours begins each draw anew.
-        spread: factor on the error that D had in training.
-        temperature: factor on the variance that is reported, so that intervals hold what they promise; from validation. The
-            draws themselves stay as they were drawn.
+        temperature: factor on the variance of what the data leave open, and
+        coarse: spatial frequency ρ₀, in cycles per field of view, below which that factor grows with (ρ₀/ρ)³: so that intervals
+            hold what they promise; from images that were not reconstructed for anything else.
+        thin: steps between draws of the paper's energy, and
+        burn_in: draws of each chain of it that do not count; ours begins each draw anew.
         inner: conjugate gradient steps, at most, with which the data are met at each.
         seed: of all randomness; None: that of torch, which the option --seed of the command line sets.
     """
@@ -119,24 +119,21 @@ class Draws:
     samples: int = 16
     start: float = 0.2
     noise: float = 0.5
-    renew: float = 0.1
-    levels: int = 6
-    burn_in: int = 1
-    spread: float = 1.0
     temperature: float = 1.0
+    coarse: float = 0.0
+    thin: int = 6
+    burn_in: int = 1
     inner: int = 10
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        counts = min(self.chains, self.samples, self.levels - 1, self.inner, self.burn_in + 1)
+        counts = min(self.chains, self.samples, self.thin, self.inner, self.burn_in + 1)
         if (
             counts < 1
-            or not 0 < min(self.renew, self.temperature) < math.inf
-            or not 0 <= min(self.start, self.noise, self.spread) < math.inf
+            or not 0 < self.temperature < math.inf
+            or not 0 <= min(self.start, self.noise, self.coarse) <= max(self.start, self.noise, self.coarse) < math.inf
         ):
-            raise errors.BadOption(
-                f"found {self}, expected levels ≥ 2, counts ≥ 1, renew and temperature > 0, others ≥ 0", key="draws"
-            )
+            raise errors.BadOption(f"found {self}, expected counts ≥ 1, temperature > 0, others ≥ 0", key="draws")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +265,8 @@ class Generative(Reconstructor):
             self.register_buffer("balance", torch.zeros(2))
         self.watch: Callable[[int, int], bool | None] | None = None
         self.mode, self.draws = made(Mode, "mode", mode), made(Draws, "draws", draws)
-        # Of noisy training images, in bins of log σ: means of log E/(σ² pixels), of its square, and of the loss.
-        self.register_buffer("usual", torch.zeros(3, _BINS))
+        # Of noisy training images, in bins of log σ: means of log E/(σ² pixels) and of its square.
+        self.register_buffer("usual", torch.zeros(2, _BINS))
         self.real = bool(real)
         if precision not in ("float32", "bfloat16"):
             raise errors.BadOption(f"found {precision!r}, expected float32 or bfloat16", key="precision")
@@ -377,7 +374,8 @@ class Generative(Reconstructor):
             x ← prox(D(x + β (x − x before) + κ σ ξ, σ)),    ξ white and fresh    then descent of the objective
 
         The noise ξ keeps D within what it was trained for. Without it, errors of an image that is free of noise look
-        like details, and stay or grow; with as much as σ, inertia has nothing to build on.
+        like details, and stay or grow; with as much as σ, inertia has nothing to build on. D sees each step turned, mirrored
+        and shifted anew: what it would do to one orientation or place alone then averages out, instead of adding up.
 
         The data are met by their proximal map. Maps c, where there are any, are sought in turn with the image; what is
         added to those they begin at is smooth, see `coils.roughness`. Maps that are smooth themselves, as the paper asks for, would
@@ -386,7 +384,9 @@ class Generative(Reconstructor):
         plan, record, solution, b, begun = self.mode, [], None, A.H(z), c
         way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
         levels = self._levels(nu, plan.way + (plan.levels if c is None else plan.map_levels))
-        x = self._down(x, levels[:way], nu, plan.noise, self._closest(A, b, plan.inner), _white())
+        # Every mode meets the same noise and the same views, on every device.
+        generator = torch.Generator().manual_seed(0)
+        x = self._down(x, levels[:way], nu, plan.noise, self._closest(A, b, plan.inner), generator)
         for sigma in levels[way:]:
             moved = None
             if c is not None and begun is not None:
@@ -408,28 +408,24 @@ class Generative(Reconstructor):
 
     def _down(
         self, x: Tensor, levels: Sequence[float], nu: float, noise: float, prox: Callable[[Tensor, Tensor], Tensor],
-        white: Callable[[Tensor], Tensor],
+        generator: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        """The way down: a step at each level, with fresh noise of `noise` times that level."""
+        """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level."""
         before = x
         for k, sigma in enumerate(levels):
-            x, before = self._step_down(k, x, before, sigma, nu, noise * sigma * white(x), prox), x
+            beta = min(k, self.mode.inertia) / (min(k, self.mode.inertia) + 3)
+            v = x + beta * (x - before) + noise * sigma * _white(x, generator)
+            view = _view(generator)
+            clean = v - _back(self._removed(_seen(v, view), sigma), view)
+            x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
         return x
-
-    def _step_down(
-        self, k: int, x: Tensor, before: Tensor, sigma: float, nu: float, noise: Tensor, prox: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """The step of `_descend` at the k-th level, on the way down."""
-        beta = min(k, self.mode.inertia) / (min(k, self.mode.inertia) + 3)
-        v = x + beta * (x - before) + noise
-        return prox(v - self._removed(v, sigma)[1], _row((sigma / nu) ** 2, x)[:, None, None])
 
     def _begun(self, A: LinearOperator, z: Tensor) -> Tensor:
         """The zero-filled image."""
         return _real(A.H(z)) if self.real else A.H(z)
 
-    def _removed(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """E(x, σ), and ∇E, what D takes away: around no pixel much more than there is noise.
+    def _removed(self, x: Tensor, sigma: float) -> Tensor:
+        """∇E(x, σ), what D takes away: around no pixel much more than there is noise.
 
         Far from what it was trained for, D now and then makes things up in some place; one such step would ruin all
         that follow.
@@ -441,7 +437,7 @@ class Generative(Reconstructor):
             value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
         if not bool(value.isfinite().all()):
             raise errors.NonFinite(f"the energy at σ = {sigma:g}", key="energy", help="data of usual scale")
-        return value, slope * (_MOST * sigma / _around(slope).clamp(min=_MOST * sigma))
+        return slope * (_MOST * sigma / _around(slope).clamp(min=_MOST * sigma))
 
     def _quick(self, x: Tensor) -> bool:
         """Whether convolutions on images like x round to bfloat16 while noise is taken away."""
@@ -519,22 +515,24 @@ class Generative(Reconstructor):
         def told(k: int, moments: solvers.Moments) -> bool:
             return watch is not None and moments.count > 0 and bool(watch(moments.count, plan.samples))
 
-        chains = self.posterior(z, A, noise=nu, callback=told)
+        wider = self._wider(A, nu)
+        chains = self.posterior(z, A, noise=nu, callback=told, observe=lambda x: torch.stack((x, wider(x)), 1))
         moments = chains.moments
+        (mean, about), variance, r_hat = moments.mean, moments.variance[1], moments.r_hat[1]
         record = {
             "samples": moments.count * plan.chains,
             "burn_in": plan.burn_in * plan.chains if isinstance(self.energy, Homogeneous) else 0,
-            "r_hat_95": float(_quantile(moments.r_hat, 0.95)),
-            "mixed": float((moments.r_hat <= 1.1).double().mean()),
-            "effective": float(moments.effective.median()),
+            "r_hat_95": float(_quantile(r_hat, 0.95)),
+            "mixed": float((r_hat <= 1.1).double().mean()),
+            "effective": float(moments.effective[1].median()),
             "noise": nu,
             "temperature": plan.temperature,
             "bfloat16": self._quick(z),
         }
         return Reconstruction(
-            image=moments.mean[None],
-            variance=plan.temperature * moments.variance[None],
-            samples=chains.last[None],
+            image=mean[None],
+            variance=variance[None],
+            samples=(mean + wider(chains.last) - about)[None],
             stats={"chains": [record]},
             status=f"stopped after {moments.count} of {plan.samples} draws of each chain"
             if chains.stopped
@@ -554,14 +552,9 @@ class Generative(Reconstructor):
         """Draw from the posterior of one slice.
 
         Each draw begins anew: at noise of its own and data with more noise, it goes the way down to the mode, with more
-        noise on it. To what that comes to, noise of level `renew` is added and taken away again, level by level:
-
-            x₀ ~ p(x | D(x_σ), y),    x_σ' = x₀ + (σ'/σ)² (x_σ − x₀) + σ' √(1 − σ'²/σ²) ξ
-
-        with x₀ normally distributed about D and then conditioned on the data exactly. The variance about D is the
-        error that it had in training, spread over the image as Stein's identity tells. So what is coarse differs by
-        where the ways lead, what is fine by what the data leave open; draws know nothing of each other, and R̂ tells
-        whether there are enough. The paper's energy, which knows one level only, is drawn from by Langevin's algorithm,
+        noise on it, as Langevin's algorithm at falling temperature does. Draws know nothing of each other, and R̂ tells
+        whether there are enough. They are colder than the posterior; `Draws.temperature` is for their moments, and is not in
+        what this returns. The paper's energy, which knows one level only, is drawn from by Langevin's algorithm,
         from the mode for data with more noise.
 
         Arguments:
@@ -574,8 +567,9 @@ class Generative(Reconstructor):
         Raises:
             NonFinite: a chain diverged, at the move where it did. BadOption: an unknown or wrong change.
 
-        Sources: F. Coeurdoux, N. Dobigeon, P. Chainais, "Plug-and-play split Gibbs sampler" (2023), for the Gibbs step;
-        J. Ho, A. Jain, P. Abbeel, "Denoising diffusion probabilistic models" (2020), for the way down.
+        Sources: F. Orieux, O. Féron, J.-F. Giovannelli, "Sampling high-dimensional Gaussian distributions for general
+        linear inverse problems" (2012), for perturbing the data; Y. Song, S. Ermon, "Generative modeling by estimating
+        gradients of the data distribution" (2019), for the levels.
         """
         plan = made(Draws, "draws", {**vars(self.draws), **changes})
         with torch.no_grad():
@@ -584,33 +578,18 @@ class Generative(Reconstructor):
             b = B.H(z)
             generator = torch.Generator().manual_seed(torch.initial_seed() if plan.seed is None else plan.seed)
 
-            def white(like: Tensor) -> Tensor:
-                shape = (plan.chains, *like.shape[1:])
-                return torch.randn(shape, dtype=like.dtype, generator=generator).to(like.device)
-
             def other() -> Tensor:
-                return z + nu * white(z) * (z != 0)
+                one = z.expand(plan.chains, *z.shape[1:])
+                return z + nu * _white(one, generator) * (z != 0)
 
-            def way() -> Tensor:
+            def begun(data: Tensor) -> Tensor:
+                return data + plan.start * _white(data, generator)
+
+            def move(k: int, x: Tensor) -> tuple[Tensor, None]:
                 data = B.H(other())
-                x = data + plan.start * white(b)
                 levels = self._levels(nu, self.mode.way + self.mode.levels)
-                return self._down(x, levels, nu, plan.noise, self._closest(B, data, plan.inner), white)
-
-            def move(k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-                sigmas = self._ladder(nu, plan.levels, plan.renew)
-                x = way() + sigmas[0] * white(b)
-                for sigma, finer in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
-                    value, slope = self._removed(x, sigma)
-                    spread = plan.spread * sigma * self._error(sigma)
-                    # On average |error|² = σ² − |∇E|², by Stein: no doubt about air, more of it along edges.
-                    doubt = (sigma**2 - _around(_around(slope)).square().mean(0)).clamp(min=_LEAST * sigma**2)
-                    # Perturb both sides, then solve: a draw from the product of two normal distributions.
-                    v = x - slope + spread * (doubt / doubt.mean()).sqrt() * white(b)
-                    x0 = self._closest(B, B.H(other()), plan.inner)(v, _row((spread / nu) ** 2, v)[:, None, None])
-                    q = (finer / sigma) ** 2
-                    x = x0 + q * (x - x0) + finer * math.sqrt(1 - q) * white(b)
-                return x, value
+                prox = self._closest(B, data, plan.inner)
+                return self._down(begun(data), levels, nu, plan.noise, prox, generator), None
 
             common: dict[str, Any] = {
                 "samples": plan.samples, "observe": observe, "callback": callback,
@@ -619,7 +598,7 @@ class Generative(Reconstructor):
             if not isinstance(self.energy, Homogeneous):
                 return solvers.markov(move, b.expand(plan.chains, *b.shape[1:]), **common)
             data = other()
-            start = self._descend(self._begun(B, data) + plan.start * white(b), data, B, nu)[0]
+            start = self._descend(begun(self._begun(B, data)), data, B, nu)[0]
             misfit, unit = _misfit(B, z), _row(1.0, start)
 
             def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -629,8 +608,25 @@ class Generative(Reconstructor):
             # It knows one temperature, so nothing can be annealed: plain Langevin, as short as the data ask for.
             return solvers.langevin(
                 gradient, start, step=min(self.energy.temperature, nu**2 / 4), generator=generator,
-                burn_in=plan.burn_in * plan.levels, thin=plan.levels, **common,
+                burn_in=plan.burn_in * plan.thin, thin=plan.thin, **common,
             )  # fmt: skip
+
+    def _wider(self, A: LinearOperator, nu: float) -> Callable[[Tensor], Tensor]:
+        """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 + (ρ₀/ρ)³): draws as warm as the posterior, see `Draws`.
+
+        What the data tell better than details are large, d, is left alone: data with noise of their own spread it as they should.
+        """
+        plan, part, tau = self.draws, _real if self.real else torch.clone, (_DETAIL / nu) ** 2
+
+        def wider(x: Tensor) -> Tensor:
+            left = solvers.cg(lambda u: u + tau * part(A.gram(u)), x, iterations=plan.inner, tolerance=1e-4).value
+            h, w = x.shape[-2:]
+            rows, columns = (torch.arange(n, device=x.device) - n // 2 for n in (h, w))
+            rho = torch.hypot(rows[:, None].float(), columns.float()).clamp(min=1)
+            gain = (plan.temperature * (1 + (plan.coarse / rho) ** 3)).sqrt() - 1
+            return x + part(ifft2(gain * fft2(left)))
+
+        return wider
 
     def unlike(self, x: Tensor) -> Tensor:
         """How many standard deviations the energy of normalised images lies above that of training images, `(B,)`.
@@ -645,17 +641,9 @@ class Generative(Reconstructor):
         with torch.no_grad():
             noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
             energy = self.energy(x + sigma * noise, _row(sigma, x)) / (sigma**2 * x[0].numel())
-            mean, square = self.usual[:2, k].double()
+            mean, square = self.usual[:, k].double()
             spread = (square - mean.square()).clamp(min=0).sqrt()
             return (energy.clamp(min=1e-12).log() - mean) / spread if bool(spread > 0) else torch.zeros_like(energy)
-
-    def _error(self, sigma: float) -> float:
-        """Root mean square error of D in training, over σ."""
-        lo, hi = (math.log(level) for level in self.levels)
-        place = (math.log(sigma) - lo) / (hi - lo) * _BINS - 0.5
-        k = min(max(int(place), 0), _BINS - 2)
-        share = min(max(place - k, 0.0), 1.0)
-        return math.exp(float(torch.lerp(self.usual[2, k], self.usual[2, k + 1], share)) / 2)
 
     # ---------------------------------------------------------------- training
 
@@ -678,7 +666,7 @@ class Generative(Reconstructor):
         error = (error + 1e-4).log()
         if self.training:
             energy = (value / (sigma.double().square() * x[0].numel())).detach().clamp(min=1e-12).log()
-            seen = torch.stack((energy, energy.square(), error.detach().double())).to(self.usual.dtype)
+            seen = torch.stack((energy, energy.square())).to(self.usual.dtype)
             for k, row in zip((place * _BINS).long().clamp(max=_BINS - 1), seen.T, strict=True):
                 self.usual[:, k].lerp_(row, 0.01)
         return error.mean()
@@ -749,10 +737,27 @@ def _real(x: Tensor) -> Tensor:
     return x.real.to(x.dtype)
 
 
-def _white() -> Callable[[Tensor], Tensor]:
-    """x ↦ white noise like x; every such function tells the same sequence, on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+def _white(like: Tensor, generator: torch.Generator) -> Tensor:
+    """White noise, the same on every device."""
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
+
+
+def _view(generator: torch.Generator) -> tuple[int, int, int]:
+    """One of the eight ways to turn and mirror a rectangle, and how far to shift it, down and to the right."""
+    ways, down, right = (int(torch.randint(n, (), generator=generator)) for n in (8, _SHIFTS, _SHIFTS))
+    return ways, down, right
+
+
+def _seen(x: Tensor, view: tuple[int, int, int]) -> Tensor:
+    ways, down, right = view
+    x = torch.rot90(x, ways % 4, (-2, -1))
+    return torch.roll(x.mT if ways >= 4 else x, (down, right), (-2, -1)).contiguous()
+
+
+def _back(x: Tensor, view: tuple[int, int, int]) -> Tensor:
+    ways, down, right = view
+    x = torch.roll(x, (-down, -right), (-2, -1))
+    return torch.rot90(x.mT if ways >= 4 else x, -(ways % 4), (-2, -1)).contiguous()
 
 
 def _around(x: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ class Session:
         facts = {
             "type": "image", "seconds": seconds, "status": out.status, "metrics": scores,
             "residual": None if out.residual is None else float(out.residual.mean()),
-            "noise": self._expected(request.slice), "stats": stats, "draws": _drawn(stats) if "samples" in arrays else "",
+            "noise": self._expected(request.slice), "stats": stats,
         }  # fmt: skip
         return Answer(head=common | facts, arrays=arrays)
 
@@ -500,15 +500,6 @@ def _numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
     # Methods count per slice; here there is one.
     found = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in found.items()}
     return {k: v for k, v in found.items() if len(json.dumps(v)) <= _MOST_STATS}
-
-
-def _drawn(stats: Mapping[str, Any]) -> str:
-    """What draws are to the standard deviation that is shown beside them."""
-    chains = stats.get("chains")
-    factor = chains.get("temperature", 1) if isinstance(chains, dict) else 1
-    if factor == 1:
-        return "what comes and goes between draws is not in the data"
-    return f"as drawn: the standard deviation shown is {math.sqrt(factor):.2g} times theirs, as validation asked for"
 
 
 def range_facts(basis: RangeBasis, step: float = 0.0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

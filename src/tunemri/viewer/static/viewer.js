@@ -1727,7 +1727,7 @@ export class Viewer {
     if (count) {
       const one = samples.subarray(k * width * height, (k + 1) * width * height);
       this.overlay(draw(ui.draws, one, ...(this.part === "magnitude" ? [lo, hi, lut] : [0, quantile(magnitude, .995), GREY])), ui.draws, one, `${k + 1} of ${count}`);
-      ui.draws.text.textContent = frame.draws;
+      ui.draws.text.textContent = "what comes and goes between draws is not in the data";
     }
     const truth = this.truth?.slice === this.slice ? planeOf(this.truth.data, "magnitude") : null;
     if (truth) {
