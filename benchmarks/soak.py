@@ -195,7 +195,7 @@ def prepared(folder: Path) -> Path:
     methods.save(model, folder / "tiny.safetensors")
     meta = {"phases": 2, "tasks": [0.1, 0.5], "features": {"channels": 2}, "proposal": {"width": 4, "levels": 2}}
     methods.save(methods.make("meta-learned", meta), folder / "meta.safetensors")
-    energy = {"energy": {"widths": [4, 6]}, "mode": {"levels": 3}, "draws": {"chains": 2, "samples": 4, "levels": 3}}
+    energy = {"energy": {"widths": [4, 6]}, "mode": {"levels": 3}, "draws": {"chains": 2, "samples": 4}}
     methods.save(methods.make("generative", energy), folder / "energy.safetensors")
     finish("simulate images/a.npy -o scan.h5 --mask poisson --acceleration 3 --coils 4", folder)
     for name in "bcd":

@@ -36,8 +36,9 @@ __all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "Regression",
 
 _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
-_SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again
+_SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again, but at the edges
 _DETAIL = 0.05  # standard deviation of details of images, over their scale
+_OPEN = 30  # conjugate gradient steps, at most, for what the data leave open; of many coils and little noise it takes that many
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
 
 
@@ -107,8 +108,8 @@ class Draws:
         start: σ of the noise on the zero-filled image from which each draw sets out.
         noise: standard deviation of the noise on its way down, over σ.
         temperature: factor on the variance of what the data leave open, and
-        coarse: spatial frequency ρ₀, in cycles per field of view, below which that factor grows with (ρ₀/ρ)³: so that intervals
-            hold what they promise; from images that were not reconstructed for anything else.
+        coarse: spatial frequency ρ₀, in cycles per field of view, below which that factor grows with (ρ₀/ρ)³; so that intervals
+            hold what they promise. Fitted by `benchmarks/generative.py widths`.
         thin: steps between draws of the paper's energy, and
         burn_in: draws of each chain of it that do not count; ours begins each draw anew.
         inner: conjugate gradient steps, at most, with which the data are met at each.
@@ -131,7 +132,7 @@ class Draws:
         if (
             counts < 1
             or not 0 < self.temperature < math.inf
-            or not 0 <= min(self.start, self.noise, self.coarse) <= max(self.start, self.noise, self.coarse) < math.inf
+            or not all(0 <= v < math.inf for v in (self.start, self.noise, self.coarse))
         ):
             raise errors.BadOption(f"found {self}, expected counts ≥ 1, temperature > 0, others ≥ 0", key="draws")
 
@@ -214,7 +215,8 @@ class Generative(Reconstructor):
         levels: (lo, hi) of σ in training, over the scale of the image (see `scan.normalise`).
         mode, draws: how to find the mode and how to draw, see `Mode` and `Draws`.
         likelihood: how to train the paper's energy, see `Likelihood`.
-        real: images are real and not negative, as magnitude images are and as the paper assumes.
+        real: images are real and not negative, as magnitude images are and as the paper assumes; posterior samples, whose
+            deviations are widened, are real alone.
         precision: of convolutions while noise is taken away, "float32" or "bfloat16" (three times as quick on
             processors that know it, which others do not try; their rounding is far below the noise). Descents, which
             carry the certificate, are in single precision always.
@@ -515,24 +517,30 @@ class Generative(Reconstructor):
         def told(k: int, moments: solvers.Moments) -> bool:
             return watch is not None and moments.count > 0 and bool(watch(moments.count, plan.samples))
 
-        wider = self._wider(A, nu)
-        chains = self.posterior(z, A, noise=nu, callback=told, observe=lambda x: torch.stack((x, wider(x)), 1))
+        wider, total = self._wider(A, nu), torch.zeros_like(A.H(z)[0])
+
+        def widened(x: Tensor) -> Tensor:
+            total.add_(x.sum(0))
+            return wider(x)
+
+        chains = self.posterior(z, A, noise=nu, callback=told, observe=widened)
         moments = chains.moments
-        (mean, about), variance, r_hat = moments.mean, moments.variance[1], moments.r_hat[1]
+        mean, r_hat = total / (moments.count * plan.chains), moments.r_hat
         record = {
             "samples": moments.count * plan.chains,
             "burn_in": plan.burn_in * plan.chains if isinstance(self.energy, Homogeneous) else 0,
             "r_hat_95": float(_quantile(r_hat, 0.95)),
             "mixed": float((r_hat <= 1.1).double().mean()),
-            "effective": float(moments.effective[1].median()),
+            "effective": float(moments.effective.median()),
             "noise": nu,
             "temperature": plan.temperature,
+            "coarse": plan.coarse,
             "bfloat16": self._quick(z),
         }
         return Reconstruction(
             image=mean[None],
-            variance=variance[None],
-            samples=(mean + wider(chains.last) - about)[None],
+            variance=moments.variance[None],
+            samples=(mean + wider(chains.last) - moments.mean)[None],
             stats={"chains": [record]},
             status=f"stopped after {moments.count} of {plan.samples} draws of each chain"
             if chains.stopped
@@ -552,10 +560,11 @@ class Generative(Reconstructor):
         """Draw from the posterior of one slice.
 
         Each draw begins anew: at noise of its own and data with more noise, it goes the way down to the mode, with more
-        noise on it, as Langevin's algorithm at falling temperature does. Draws know nothing of each other, and R̂ tells
-        whether there are enough. They are colder than the posterior; `Draws.temperature` is for their moments, and is not in
-        what this returns. The paper's energy, which knows one level only, is drawn from by Langevin's algorithm,
-        from the mode for data with more noise.
+        noise on it, as Langevin's algorithm at falling temperature does. Moves know nothing of each other, and R̂ tells
+        whether there are enough; the chains of one move share its views. Errors are larger than the spread of draws: what
+        this returns, moments too, is as drawn, and `forward` widens deviations by `Draws.temperature` and `Draws.coarse`.
+        The paper's energy, which knows one level only, is drawn from by Langevin's algorithm, from the mode for data with
+        more noise.
 
         Arguments:
             y: `(1, C, …)`, and
@@ -612,14 +621,16 @@ class Generative(Reconstructor):
             )  # fmt: skip
 
     def _wider(self, A: LinearOperator, nu: float) -> Callable[[Tensor], Tensor]:
-        """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 + (ρ₀/ρ)³): draws as warm as the posterior, see `Draws`.
+        """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 + (ρ₀/ρ)³): draws that spread as errors do, see `Draws`.
 
         What the data tell better than details are large, d, is left alone: data with noise of their own spread it as they should.
         """
         plan, part, tau = self.draws, _real if self.real else torch.clone, (_DETAIL / nu) ** 2
+        if plan.temperature == 1 and plan.coarse == 0:
+            return torch.clone
 
         def wider(x: Tensor) -> Tensor:
-            left = solvers.cg(lambda u: u + tau * part(A.gram(u)), x, iterations=plan.inner, tolerance=1e-4).value
+            left = solvers.cg(lambda u: u + tau * part(A.gram(u)), x, iterations=_OPEN, tolerance=1e-4).value
             h, w = x.shape[-2:]
             rows, columns = (torch.arange(n, device=x.device) - n // 2 for n in (h, w))
             rho = torch.hypot(rows[:, None].float(), columns.float()).clamp(min=1)
@@ -743,7 +754,7 @@ def _white(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _view(generator: torch.Generator) -> tuple[int, int, int]:
-    """One of the eight ways to turn and mirror a rectangle, and how far to shift it, down and to the right."""
+    """One of the eight ways to turn and mirror a rectangle, and how far to shift it around, down and to the right."""
     ways, down, right = (int(torch.randint(n, (), generator=generator)) for n in (8, _SHIFTS, _SHIFTS))
     return ways, down, right
 
