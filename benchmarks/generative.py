@@ -356,14 +356,15 @@ def part_posterior(options: argparse.Namespace) -> None:
 def part_widths(options: argparse.Namespace) -> None:
     """|error|² of the mean over the variance of draws, where k-space was not sampled, by spatial frequency.
 
-    The two numbers of `Draws` are the least squares fit of a (1 + (ρ₀/ρ)³) to its logarithm, on validation images, of the
-    sources that are trained on, which `posterior` at the same limit does not show: errors on training images are smaller.
+    The three numbers of `Draws` are the least squares fit of a (1 − s)ᵖ (1 + (ρ₀/ρ)³) to its logarithm, s the share sampled,
+    on validation images, of the sources that are trained on, which `posterior` at the same limit does not show: errors on
+    training images are smaller.
     """
     prior = loaded(options)
     edges = (0, 1.5, 3, 5, 8, 12, 18, 26, 36, 1e9)
     patterns = {mask: family for mask, family in SPREAD.items() if options.only in mask}
     found: dict[str, list[list[float]]] = {mask: [] for mask in patterns}
-    points: list[tuple[float, float]] = []
+    points: list[tuple[float, float, float]] = []
     for source in ("openms", "ixi", "cardiac"):
         planes = images(options, source, other=True)
         for mask in patterns:
@@ -384,20 +385,26 @@ def part_widths(options: argparse.Namespace) -> None:
                     ratio = float(wrong[ring].sum() / spread[ring].sum()) if bool(ring.any()) else math.nan
                     row.append(ratio)
                     if not math.isnan(ratio):
-                        points.append((max(1.0, float(rho[ring].mean())), math.log(ratio)))
+                        points.append(
+                            (max(1.0, float(rho[ring].mean())), math.log(float(left.float().mean())), math.log(ratio))
+                        )
                 found[mask].append(row)
     print("|error|² / variance of draws, geometric means, where ρ is at least [cycles per field of view]")
     print(" " * 24 + "".join(f"{edge:9g}" for edge in edges[:-1]))
     for mask, rows in found.items():
         columns = [[math.log(v) for v in column if not math.isnan(v)] for column in zip(*rows, strict=True)]
         print(f"{mask:24}" + "".join(f"{math.exp(statistics.fmean(c)):9.1f}" if c else " " * 9 for c in columns))
-    rho, ratio = torch.tensor(points, dtype=torch.float64).T
+    rho, share, ratio = torch.tensor(points, dtype=torch.float64).T
     trials = torch.linspace(0, 10, 101, dtype=torch.float64)[:, None]
-    rest = ratio - (1 + (trials / rho) ** 3).log()
-    best = int(rest.var(1).argmin())
+    target = ratio - (1 + (trials / rho) ** 3).log()
+    line = torch.stack((torch.ones_like(share), share), 1)
+    fits = torch.linalg.lstsq(line, target.T).solution
+    rest = target.T - line @ fits
+    best = int(rest.square().sum(0).argmin())
+    a, p = fits[:, best].tolist()
     print(
-        f"temperature = {math.exp(float(rest[best].mean())):.1f}, coarse = {float(trials[best]):.1f}; n = {len(points)}, "
-        f"what is left of the logarithm {float(rest[best].std()):.2f}"
+        f"temperature = {math.exp(a):.1f}, unsampled = {p:.1f}, coarse = {float(trials[best]):.1f}; n = {len(points)}, "
+        f"what is left of the logarithm {float(rest[:, best].std()):.2f}"
     )
 
 

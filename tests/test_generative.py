@@ -283,18 +283,24 @@ def test_draws_of_a_normal_prior_go_the_way_down(noise):
 
 @pytest.mark.parametrize("shape", [(16, 18), (15, 12)])
 def test_what_the_data_leave_open_is_warmed(shape):
-    """Twice the deviation where k-space is not sampled, more where it is coarse as well, the same where it is sampled."""
+    """Where k-space is not sampled deviations grow, most where it is coarse; where it is sampled they stay as they are."""
     mask = lines(shape)
-    warm = gaussian(0.3, draws={"temperature": 4.0, "coarse": 3.0})._wider(Cartesian(mask), 1e-3)
+    warm = gaussian(0.3, draws={"temperature": 16.0, "unsampled": 2.0, "coarse": 3.0})._wider(Cartesian(mask), 1e-3)
     x = random((2, *shape))
     sampled = (mask[0, 0] > 0).expand(shape)
     before, after = fft2(x), fft2(warm(x))
     torch.testing.assert_close(after[:, sampled], before[:, sampled], rtol=0.05, atol=1e-2)
     h, w = shape
     rho = torch.hypot((torch.arange(h) - h // 2)[:, None].float(), (torch.arange(w) - w // 2).float()).clamp(min=1)
-    gain = 2 * (1 + (3 / rho) ** 3).sqrt()
+    gain = 4 * (1 - generative._sampled(Cartesian(mask), x[:1])) * (1 + (3 / rho) ** 3).sqrt()
     torch.testing.assert_close(after[:, ~sampled], (gain * before)[:, ~sampled], rtol=1e-3, atol=1e-3)
     assert torch.equal(gaussian(0.3)._wider(Cartesian(mask), 1e-3)(x), x), "cold as they were drawn"
+
+
+@pytest.mark.parametrize("coils", [1, 4])
+def test_the_share_that_is_sampled(coils):
+    s = normalise(scan((64, 60), coils=coils))
+    assert generative._sampled(encoding(s), s.kspace[:, 0]) == pytest.approx(float(s.mask.float().mean()), abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["coils", "spokes", "real"])

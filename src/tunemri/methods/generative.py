@@ -107,9 +107,10 @@ class Draws:
         samples: of each chain; their number is `chains` times as large.
         start: σ of the noise on the zero-filled image from which each draw sets out.
         noise: standard deviation of the noise on its way down, over σ.
-        temperature: factor on the variance of what the data leave open, and
-        coarse: spatial frequency ρ₀, in cycles per field of view, below which that factor grows with (ρ₀/ρ)³; so that intervals
-            hold what they promise. Fitted by `benchmarks/generative.py widths`.
+        temperature: factor a on the variance of what the data leave open, where nothing is sampled;
+        unsampled: power p of the share of k-space that is not, by which that factor falls; and
+        coarse: spatial frequency ρ₀, in cycles per field of view, below which it grows with (ρ₀/ρ)³; so that intervals
+            hold what they promise. All three fitted by `benchmarks/generative.py widths`.
         thin: steps between draws of the paper's energy, and
         burn_in: draws of each chain of it that do not count; ours begins each draw anew.
         inner: conjugate gradient steps, at most, with which the data are met at each.
@@ -121,6 +122,7 @@ class Draws:
     start: float = 0.2
     noise: float = 0.5
     temperature: float = 1.0
+    unsampled: float = 0.0
     coarse: float = 0.0
     thin: int = 6
     burn_in: int = 1
@@ -132,7 +134,7 @@ class Draws:
         if (
             counts < 1
             or not 0 < self.temperature < math.inf
-            or not all(0 <= v < math.inf for v in (self.start, self.noise, self.coarse))
+            or not all(0 <= v < math.inf for v in (self.start, self.noise, self.unsampled, self.coarse))
         ):
             raise errors.BadOption(f"found {self}, expected counts ≥ 1, temperature > 0, others ≥ 0", key="draws")
 
@@ -534,6 +536,7 @@ class Generative(Reconstructor):
             "effective": float(moments.effective.median()),
             "noise": nu,
             "temperature": plan.temperature,
+            "unsampled": plan.unsampled,
             "coarse": plan.coarse,
             "bfloat16": self._quick(z),
         }
@@ -621,12 +624,13 @@ class Generative(Reconstructor):
             )  # fmt: skip
 
     def _wider(self, A: LinearOperator, nu: float) -> Callable[[Tensor], Tensor]:
-        """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 + (ρ₀/ρ)³): draws that spread as errors do, see `Draws`.
+        """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 − s)ᵖ (1 + (ρ₀/ρ)³) ≥ 1: draws that spread as errors do.
 
-        What the data tell better than details are large, d, is left alone: data with noise of their own spread it as they should.
+        s is the share of k-space that is sampled, the mean of the diagonal of AᴴA; for the numbers see `Draws`. What the
+        data tell better than details are large, d, is left alone: data with noise of their own spread it as they should.
         """
         plan, part, tau = self.draws, _real if self.real else torch.clone, (_DETAIL / nu) ** 2
-        if plan.temperature == 1 and plan.coarse == 0:
+        if plan.temperature <= 1 and plan.coarse == 0:
             return torch.clone
 
         def wider(x: Tensor) -> Tensor:
@@ -634,7 +638,8 @@ class Generative(Reconstructor):
             h, w = x.shape[-2:]
             rows, columns = (torch.arange(n, device=x.device) - n // 2 for n in (h, w))
             rho = torch.hypot(rows[:, None].float(), columns.float()).clamp(min=1)
-            gain = (plan.temperature * (1 + (plan.coarse / rho) ** 3)).sqrt() - 1
+            factor = plan.temperature * (1 - _sampled(A, x[:1])) ** plan.unsampled
+            gain = (factor * (1 + (plan.coarse / rho) ** 3)).clamp(min=1).sqrt() - 1
             return x + part(ifft2(gain * fft2(left)))
 
         return wider
@@ -817,6 +822,12 @@ def power(y: Tensor, A: LinearOperator) -> float:
     """ρ = ½‖z‖² for each pixel of the image, z the normalised data y as the prior meets them (`preconditioned`)."""
     B, z = A.preconditioned(y)
     return float(half_square(z).sum()) / B.H(z).numel()
+
+
+def _sampled(A: LinearOperator, like: Tensor) -> float:
+    """The share of k-space that A samples: the mean of the diagonal of AᴴA, for maps of unit norm, by one product with noise."""
+    xi = _white(like, torch.Generator().manual_seed(0))
+    return min(1.0, float((xi.conj() * A.gram(xi)).real.sum() / xi.abs().square().sum()))
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
