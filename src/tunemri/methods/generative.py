@@ -391,6 +391,7 @@ class Generative(Reconstructor):
         # Every mode meets the same noise and the same views, on every device.
         generator = torch.Generator().manual_seed(0)
         x = self._down(x, levels[:way], nu, plan.noise, self._closest(A, b, plan.inner), generator)
+        short: float | Tensor = 1.0
         for sigma in levels[way:]:
             moved = None
             if c is not None and begun is not None:
@@ -401,10 +402,12 @@ class Generative(Reconstructor):
             prox = self._closest(A, b, plan.inner)
             energy, gradient = self._weighted(sigma, (nu / sigma) ** 2)
             solution = solvers.apgd(
-                energy, gradient, x, prox=prox, penalty=_misfit(A, z), step=(sigma / nu) ** 2,
+                energy, gradient, x, prox=prox, penalty=_misfit(A, z), step=(sigma / nu) ** 2 * short,
                 iterations=plan.steps, tolerance=plan.tolerance, after=solution,
             )  # fmt: skip
             x = solution.value
+            if solution.step is not None:  # what was too long here will be at the next level
+                short = (solution.step / (sigma / nu) ** 2).clamp(max=1)
             record.append(_level(sigma, solution, moved))
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
