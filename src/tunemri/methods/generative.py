@@ -406,8 +406,10 @@ class Generative(Reconstructor):
                 iterations=plan.steps, tolerance=plan.tolerance, after=solution,
             )  # fmt: skip
             x = solution.value
-            if solution.step is not None:  # what was too long here will be at the next level
-                short = (solution.step / (sigma / nu) ** 2).clamp(max=1)
+            if (
+                solution.step is not None
+            ):  # what was too long here will be at the next level; rounding makes it shorter still
+                short = (solution.step / (sigma / nu) ** 2).clamp(1 / 16, 1)
             record.append(_level(sigma, solution, moved))
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
