@@ -406,9 +406,8 @@ class Generative(Reconstructor):
                 iterations=plan.steps, tolerance=plan.tolerance, after=solution,
             )  # fmt: skip
             x = solution.value
-            if (
-                solution.step is not None
-            ):  # what was too long here will be at the next level; rounding makes it shorter still
+            # What was too long here will be at the next level, but near the end rounding alone makes steps short.
+            if solution.step is not None:
                 short = (solution.step / (sigma / nu) ** 2).clamp(1 / 16, 1)
             record.append(_level(sigma, solution, moved))
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
