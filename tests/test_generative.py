@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import signal
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ from laws import lines, random, relative, scan
 from tunemri import cli, console, errors, formats, trajectories, tuning
 from tunemri.coils import low_resolution_maps
 from tunemri.datasets import Example
-from tunemri.fourier import fft2, ifft2
+from tunemri.fourier import fft2, ifft2, pad
 from tunemri.methods import card, generative, load, prepare, reconstruct, save
 from tunemri.methods.generative import PRESETS, Generative, Likelihood, Regression, noise_level, power
 from tunemri.networks.energy import Energy, Homogeneous
-from tunemri.operators import Cartesian, NonCartesian, encoding
+from tunemri.operators import Cartesian, Coils, Fourier, Mask, NonCartesian, encoding
 from tunemri.scan import normalise
 from tunemri.simulate import phantom, simulate
 from tunemri.solvers import AdaBelief
@@ -243,42 +243,98 @@ def test_the_mode_of_a_normal_prior(lam):
     assert out.variance is None
 
 
-def cooled(model: Generative, c: float, noise: float, tau: float) -> tuple[float, float]:
+def cooled(model: Generative, c: float, noise: float, tau: float, grids, held) -> tuple[float, float]:
     """Variance of a draw of one coefficient under a normal prior, and the factor from data to its mean: the way down is linear.
 
-    tau: 1 where the coefficient is sampled, 0 where it is not. The state is (x, x before); b the data of this draw.
+    tau: 1 where the coefficient is sampled, 0 where it is not. held: of each grid, whether the coefficient is on it. The state is
+    (x, x before); b the data of this draw.
     """
-    levels = model._levels(noise, model.mode.way + model.mode.levels)
     b = tau * noise**2
     covariance = torch.full((2, 2), b + model.draws.start**2, dtype=torch.float64)
     with_data, mean = torch.full((2,), b, dtype=torch.float64), torch.full((2,), tau, dtype=torch.float64)
+    levels, last = model._levels(grids, noise, model.mode.levels), grids[0]
     for k, sigma in enumerate(levels):
+        grid = [g for g in grids if sigma > g.above][-1]
+        on = float(held[grids.index(grid)])
+        if grid is not last:  # what the new grid does not hold is lost, and inertia begins anew
+            move = grid.scale / last.scale * on * torch.tensor([[1, 0], [1, 0]], dtype=torch.float64)
+            covariance, with_data, mean, last = move @ covariance @ move.T, move @ with_data, move @ mean, grid
+        spread = grid.scale * sigma
         beta = min(k, model.mode.inertia) / (min(k, model.mode.inertia) + 3)
         weight = tau * (sigma / noise) ** 2
-        keep, take = c / (c + sigma**2) / (1 + weight), weight / (1 + weight)
-        step = torch.tensor([[keep * (1 + beta), -keep * beta], [1, 0]], dtype=torch.float64)
-        data = torch.tensor([take, 0], dtype=torch.float64)
+        keep, take = c / (c + spread**2) / (1 + weight), grid.scale * weight / (1 + weight)
+        step = on * torch.tensor([[keep * (1 + beta), -keep * beta], [1, 0]], dtype=torch.float64)
+        data = on * torch.tensor([take, 0], dtype=torch.float64)
         cross = torch.outer(step @ with_data, data)
         covariance = step @ covariance @ step.T + cross + cross.T + b * torch.outer(data, data)
-        covariance[0, 0] += (keep * model.draws.noise * sigma) ** 2
+        covariance[0, 0] += on * (keep * model.draws.noise * spread) ** 2
         with_data, mean = step @ with_data + b * data, step @ mean + tau * data
     return float(covariance[0, 0]), float(mean[0])
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.2])
-def test_draws_of_a_normal_prior_go_the_way_down(noise):
-    c, shape = 0.1, (12, 14)
+@pytest.mark.parametrize("shape", [(12, 14), (48, 51)])
+def test_draws_of_a_normal_prior_go_the_way_down(noise, shape):
+    c = 0.1
     mask = lines(shape)
-    y = random((1, 1, *shape)) * mask
-    model = gaussian(c, draws={"chains": 8, "samples": 60}, mode={"way": 12})
-    drawn = model.posterior(y, Cartesian(mask), noise=noise, observe=lambda x: fft2(x)).moments
-    sampled, n = mask[0, 0] > 0, 480
-    for tau, where in ((1.0, sampled), (0.0, ~sampled)):
-        variance, factor = cooled(model, c, noise, tau)
+    y = random((1, 1, *shape)) * mask * (torch.hann_window(shape[0], False)[:, None] ** 3 + 0.01)
+    model = gaussian(c, draws={"chains": 8, "samples": 60}, mode={"way": 12, "rough": 20})
+    A = Cartesian(mask)
+    drawn = model.posterior(y, A, noise=noise, observe=lambda x: fft2(x)).moments
+    sampled, n, grids = (mask[0, 0] > 0).expand(shape), 480, model._grids(y, A, noise)
+    on_it = pad(torch.ones(grids[-1].shape), shape) > 0
+    assert len(grids) == 1 + (shape[0] == 48)
+    for tau, inner in itertools.product((1.0, 0.0), (True, False)):
+        where = (sampled if tau else ~sampled) & (on_it if inner else ~on_it)
+        if not bool(where.any()):
+            continue
+        variance, factor = cooled(model, c, noise, tau, grids, [True, inner])
         error = 4 / math.sqrt(n * int(where.sum())) + 0.02
         assert float(drawn.variance[where].mean()) == pytest.approx(variance, rel=error)
         assert float((drawn.mean - factor * y[0, 0]).abs().square()[where].mean()) < 2 * variance / n
     assert float((drawn.r_hat < 1.1).double().mean()) > 0.95
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (64, 50), (96, 130), (193, 100)])
+@pytest.mark.parametrize("coils", [1, 3])
+def test_the_way_down_ends_on_the_grid_of_the_image(shape, coils):
+    s = normalise(scan(shape, coils=coils, noise=0.01))
+    model = build()
+    for noise in (1e-3, 0.05, 0.6):
+        grids = model._grids(s.kspace, encoding(s), noise)
+        levels = model._levels(grids, noise, model.mode.levels)
+        assert grids[0].shape == shape
+        assert len(grids) == 1 + max(0, int(math.log2(min(shape) / 24)))
+        for k, (fine, coarse) in enumerate(itertools.pairwise(grids)):
+            assert coarse.shape == (shape[0] >> k + 1, shape[1] >> k + 1)
+            assert coarse.above >= max(fine.above, 2 * levels[-1])
+            assert coarse.data(s.kspace).shape[-2:] == coarse.shape
+        assert all(a > b for a, b in itertools.pairwise(levels))
+        assert levels[0] == pytest.approx(min(model.levels[1], max(1.0, 2 * noise)))
+        assert levels[-1] == pytest.approx(max(noise, model.levels[0]) if noise < 0.5 else 0.5)
+
+
+def test_what_was_not_measured_may_matter():
+    """Data of the centre alone do not say that details are hidden; noise alone does not make them matter."""
+    shape, model = (96, 96), build()
+    s = normalise(scan(shape, noise=0.01))
+    centre = pad(torch.ones(24, 24), shape)[None, None]
+    whole, part = (model._grids(s.kspace * m, Cartesian(m), 1e-3) for m in (torch.ones_like(centre), centre))
+    assert len(part) == 1
+    assert len(whole) == 3
+    centre = pad(torch.ones(48, 48), shape)[None, None]
+    _, first, second = model._grids(s.kspace * centre, Cartesian(centre), 1e-3)
+    assert first.above == second.above > whole[1].above
+    _, first, _ = model._grids(0.1 * random((1, 1, *shape)), Cartesian(torch.ones_like(centre)), 0.1)
+    assert first.above < 0.25
+
+
+def test_an_operator_without_coarser_grids_is_met_on_the_finest():
+    shape = (64, 64)
+    s = normalise(scan(shape, noise=0.01))
+    A = Mask(s.mask) @ Fourier() @ Coils(torch.ones(1, 1, *shape, dtype=torch.complex64))
+    out = build(mode={"rough": 3, "way": 2}).eval()(s.kspace, A, noise=0.01)
+    assert bool(out.image.isfinite().all())
 
 
 @pytest.mark.parametrize("shape", [(16, 18), (15, 12)])
@@ -541,7 +597,7 @@ def test_rounding_stays_far_below_the_noise():
     quick, exact = (reconstruct(s, build(precision=name)) for name in ("bfloat16", "float32"))
     assert relative(quick.image, exact.image) < 0.01
     record = quick.stats["certificate"][0]["levels"]
-    assert all(b <= a for level in record for a, b in pairwise(level["objective"]))
+    assert all(b <= a for level in record for a, b in itertools.pairwise(level["objective"]))
     with pytest.raises(errors.BadOption, match="float16"):
         build(precision="float16")
 
@@ -724,7 +780,7 @@ def test_the_fit_finds_what_the_noise_of_scans_hides(told, monkeypatch):
     through: list[int] = []
     line = regression._line
     monkeypatch.setattr(regression, "_line", lambda rho, lam: through.append(len(rho)) or line(rho, lam))
-    model = gaussian(0.3, mode={"way": 2, "levels": 2})
+    model = gaussian(0.3, mode={"way": 2, "levels": 2, "steps": 10})
     right = tuning.fit_weight(model, *noisy(4, 1.0)).rows
     seen: list[tuple[int, int]] = []
     scans, truths = noisy(4, told)

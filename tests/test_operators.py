@@ -10,7 +10,7 @@ import torch
 
 from laws import SHAPES, adjoint, differentiable_twice, gram, inner, linear, lines, norm, random, relative, scan
 from tunemri import errors
-from tunemri.fourier import crop, fft2, fft2_raw, ifft2, pad, phase_ramp
+from tunemri.fourier import crop, fft2, fft2_raw, ifft2, pad, phase_ramp, resized
 from tunemri.operators import (
     Cartesian,
     Coils,
@@ -119,6 +119,45 @@ class TestEveryOperator:
         _ = A(x), A.H(y), A.gram(x), A(x)
         assert torch.equal(x, kept[0])
         assert torch.equal(y, kept[1])
+
+
+@pytest.mark.parametrize(
+    ("fine", "coarse"), [((32, 32), (16, 16)), ((45, 36), (22, 18)), ((33, 48), (16, 24))], ids=str
+)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "cartesian" in name])
+def test_a_coarser_grid_keeps_what_it_can_hold(name, fine, coarse):
+    """Of an image, and maps, that vary slowly: the same data, but for the factor that noise has too."""
+    A = OPERATORS[name](fine)
+    B, restricted = A.coarser(coarse)
+    rows, columns = (torch.arange(n) - n // 2 + 0.7 for n in coarse)
+    small = torch.exp(-((rows[:, None] / coarse[0] * 6) ** 2) - (columns / coarse[1] * 6) ** 2 + 0.3j)[None]
+    y = A(resized(small, fine))
+    scale = math.sqrt(math.prod(coarse) / math.prod(fine))
+    close = 1e-5 if isinstance(A, Cartesian) and A.csm is None else 0.05
+    assert relative(restricted(y), B(small)) < close
+    for b in range(len(y)):
+        assert relative(B.sample(b).H(restricted(y)[b : b + 1]), B.H(B(small))[b : b + 1]) < 0.05
+    noise = random(tuple(y.shape), seed=3)
+    kept = restricted(noise)
+    kept = kept[kept != 0]
+    assert float(kept.abs().square().mean().sqrt()) == pytest.approx(
+        scale * float(noise.abs().square().mean().sqrt()), rel=0.1
+    )
+    assert relative(B.gram(small), B.H(B(small))) < 1e-4
+
+
+def test_an_operator_that_knows_no_grid_knows_no_coarser_one():
+    assert Fourier().coarser((4, 4)) is None
+
+
+@pytest.mark.parametrize("shapes", [((16, 16), (8, 8)), ((15, 21), (7, 10)), ((12, 17), (24, 31))], ids=str)
+def test_resized_images_keep_their_intensities(shapes):
+    first, second = shapes
+    flat = torch.full((1, *first), 0.7 + 0.2j)
+    assert relative(resized(flat, second), torch.full((1, *second), 0.7 + 0.2j)) < 1e-6
+    small, large = sorted(shapes)
+    x = random((2, *small))
+    assert relative(resized(resized(x, large), small), x) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (5, 4), (5, 3)], ids=str)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["convolve", "crop", "fft2", "fft2_raw", "ifft2", "ifft2_raw", "pad", "phase_ramp"]
+__all__ = ["convolve", "crop", "fft2", "fft2_raw", "ifft2", "ifft2_raw", "pad", "phase_ramp", "resized"]
 
 _AXES = (-2, -1)
 
@@ -107,3 +107,14 @@ def pad(x: Tensor, shape: Sequence[int]) -> Tensor:
         for small, big in zip(x.shape[-2:], shape, strict=True)
     )
     return torch.nn.functional.pad(x, (left, right, top, bottom))
+
+
+def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images `(*, H, W)` on a grid `(*, h, w)` over the same field of view, by their Fourier series: intensities stay.
+
+    Where the grid is coarser, finer frequencies are lost; where it is finer, they are zero.
+    """
+    h, w = x.shape[-2:]
+    y = fft2(x)
+    y = pad(y, shape) if shape[0] * shape[1] > h * w else crop(y, shape)
+    return ifft2(y) * math.sqrt(shape[0] * shape[1] / (h * w))

@@ -8,6 +8,7 @@ axes; everything is plain torch, so derivatives of every order exist in `x`, the
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import errors
-from .fourier import convolve, fft2, fft2_raw, ifft2, ifft2_raw, phase_ramp
+from .fourier import convolve, crop, fft2, fft2_raw, ifft2, ifft2_raw, phase_ramp, resized
 from .nufft import NUFFT, density_weights, gram_spectrum
 from .scan import Scan
 from .solvers import power_iteration
@@ -72,6 +73,14 @@ class LinearOperator(abc.ABC):
         lose by it: oversampled frequencies no longer count for what they know.
         """
         return self, y
+
+    def coarser(self, shape: tuple[int, int]) -> tuple[LinearOperator, Callable[[Tensor], Tensor]] | None:
+        """(B, r), so that B x ≈ r(y) on a coarser grid over the same field of view, where A x ≈ y; None: not known, the default.
+
+        x there is `fourier.resized(x, shape)`. Frequencies beyond those of the grid are left out, and maps taken to have
+        none. White noise keeps its ratio to that of images: r scales it like `resized` does.
+        """
+        return None
 
     def norm(self) -> float:
         """Largest singular value, by 60 power iterations on AᴴA.
@@ -292,6 +301,12 @@ class Cartesian(LinearOperator):
         vars(one).update({name: _one(getattr(self, name), index) for name in ("_maps", "_sampling", "_sampled")})
         return one
 
+    def coarser(self, shape: tuple[int, int]) -> tuple[LinearOperator, Callable[[Tensor], Tensor]]:
+        scale = _scale(self.in_shape, shape)
+        rows, columns = (min(n, m) for n, m in zip(shape, self.mask.shape[-2:], strict=True))
+        csm = None if self.csm is None else resized(self.csm, shape)
+        return Cartesian(crop(self.mask, (rows, columns)), csm, shape), lambda y: scale * crop(y, shape)
+
 
 @dataclass(frozen=True, eq=False)
 class NonCartesian(LinearOperator):
@@ -384,6 +399,15 @@ class NonCartesian(LinearOperator):
         vars(one)["_transforms"] = self._transforms
         return one, y * weights.sqrt()[:, None]
 
+    def coarser(self, shape: tuple[int, int]) -> tuple[LinearOperator, Callable[[Tensor], Tensor]]:
+        scale = _scale(self.in_shape, shape)
+        half = torch.tensor(shape, dtype=self.trajectory.dtype, device=self.trajectory.device) / 2
+        inside = ((self.trajectory >= -half) & (self.trajectory < half)).all(-1).to(self.trajectory.dtype)
+        csm = None if self.csm is None else resized(self.csm, shape)
+        weights = inside if self.weights is None else self.weights * inside
+        one = NonCartesian(self.trajectory, csm, shape, weights, self.eps, self.backend)
+        return one, lambda y: scale * y * inside[:, None]
+
 
 def _each(maps: Sequence[Callable[[Tensor], Tensor]], data: Tensor, axis: int, out: int) -> Tensor:
     """One map on data that share it, or each batch entry (from `axis`, to `out`) through its own."""
@@ -391,6 +415,12 @@ def _each(maps: Sequence[Callable[[Tensor], Tensor]], data: Tensor, axis: int, o
         return maps[0](data)
     parts = data.expand(*data.shape[:axis], len(maps), *data.shape[axis + 1 :]).unbind(axis)
     return torch.stack([f(part) for f, part in zip(maps, parts, strict=True)], out)
+
+
+def _scale(fine: tuple[int, int] | None, coarse: tuple[int, int]) -> float:
+    """By what `resized` multiplies white noise."""
+    assert fine is not None
+    return math.sqrt(math.prod(coarse) / math.prod(fine))
 
 
 def _scaled(y: Tensor, factor: Tensor) -> Tensor:

@@ -5,8 +5,9 @@
 ν and σ are standard deviations of complex noise: ν of what was measured, σ of what the energy was trained to see in
 images. x ↦ D(x, σ) = x − ∇E(x, σ) removes noise of that level, so −2∇E/σ² is the score of images with that noise.
 
-The mode is sought on a way down through the levels, with a little fresh noise at each, and then descended to with a
-certificate. Each draw goes the same way with more noise, its own, from data with noise of their own.
+The mode is sought on a way down through the levels, with a little fresh noise at each, on grids as coarse as the noise
+allows, and then descended to with a certificate. Each draw goes the same way with more noise, its own, from data with noise
+of their own.
 
 Sources: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023), for the system;
 P. Vincent, "A connection between score matching and denoising autoencoders" (2011), for the training of our energy;
@@ -16,6 +17,7 @@ M. Terris, T. Moreau, N. Pustelnik, J. Tachella, "Equivariant plug-and-play imag
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import coils, errors, solvers
-from ..fourier import fft2, ifft2
+from ..fourier import fft2, ifft2, resized
 from ..networks.energy import ENERGIES, Homogeneous
 from ..operators import LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
@@ -36,6 +38,9 @@ __all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "Regression",
 
 _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
+_SHORT = 1 / 16  # first step of descent at the first level, over (σ/ν)²; larger ones are hardly ever short enough
+_CUT = 0.07  # where the rough part of the way ends, if the data do not say
+_SMALLEST = 24  # pixels a side of the coarsest grid
 _SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again, but at the edges
 _DETAIL = 0.05  # standard deviation of details of images, over their scale
 _OPEN = 30  # conjugate gradient steps, at most, for what the data leave open; of many coils and little noise it takes that many
@@ -48,8 +53,11 @@ class Mode:
 
     Arguments:
         start: highest σ, in units of the scale of the image.
-        way: steps down from there, each with fresh noise.
-        noise: standard deviation of that noise, over σ.
+        rough: steps down from there on coarser grids, fewer where that part is short.
+        halve: σ down to which a grid is taken, over the root mean square of the measured frequencies that it has not and the
+            next finer one has.
+        way: steps from there on, at full resolution.
+        noise: standard deviation of the fresh noise at each step, over σ.
         levels: of σ that end the way, geometric as all of it, the last that of the noise in the data; and
         steps: of accelerated descent at each, at most.
         inertia: steps for which it builds up at most.
@@ -61,12 +69,14 @@ class Mode:
         map_steps: for them, at each of these, at most.
     """
 
-    start: float = 0.3
-    way: int = 44
+    start: float = 1.0
+    rough: int = 80
+    halve: float = 1.5
+    way: int = 36
     noise: float = 0.25
     levels: int = 2
     steps: int = 2
-    inertia: int = 10
+    inertia: int = 15
     tolerance: float = 1e-3
     inner: int = 10
     mu: float = 10.0
@@ -82,6 +92,7 @@ class Mode:
                 self.inner,
                 self.map_steps,
                 self.way + 1,
+                self.rough + 1,
                 self.inertia + 1,
             )
             >= 1
@@ -90,10 +101,10 @@ class Mode:
             not good
             or not 0 <= self.tolerance < 1
             or not 0 <= min(self.mu, self.noise) < math.inf
-            or not self.start > 0
+            or not min(self.start, self.halve) > 0
         ):
             raise errors.BadOption(
-                f"found {self}, expected levels ≥ 2, steps ≥ 1, start > 0, tolerance, noise and mu ≥ 0",
+                f"found {self}, expected levels ≥ 2, steps ≥ 1, start and halve > 0, tolerance, noise and mu ≥ 0",
                 key="mode",
             )
 
@@ -117,10 +128,10 @@ class Draws:
         seed: of all randomness; None: that of torch, which the option --seed of the command line sets.
     """
 
-    chains: int = 4
-    samples: int = 16
+    chains: int = 3
+    samples: int = 24
     start: float = 0.2
-    noise: float = 0.5
+    noise: float = 0.7
     temperature: float = 1.0
     unsampled: float = 0.0
     coarse: float = 0.0
@@ -386,13 +397,14 @@ class Generative(Reconstructor):
         be worse than those of `coils.nlinv_maps`: they are far from zero at the edge of the image.
         """
         plan, record, solution, b, begun = self.mode, [], None, A.H(z), c
-        way = 0 if isinstance(self.energy, Homogeneous) else plan.way  # no denoiser: all levels are descents
-        levels = self._levels(nu, plan.way + (plan.levels if c is None else plan.map_levels))
+        ends = plan.levels if c is None else plan.map_levels
+        grids = self._grids(z, A, nu)
+        levels = self._levels(grids, nu, ends)
         # Every mode meets the same noise and the same views, on every device.
         generator = torch.Generator().manual_seed(0)
-        x = self._down(x, levels[:way], nu, plan.noise, self._closest(A, b, plan.inner), generator)
-        short: float | Tensor = 1.0
-        for sigma in levels[way:]:
+        x = self._down(x, z, grids, levels[:-ends], nu, plan.noise, plan.inner, generator)
+        short: float | Tensor = _SHORT
+        for sigma in levels[-ends:]:
             moved = None
             if c is not None and begun is not None:
                 moved = self._smooth_maps(x, c, begun, z, A)
@@ -408,25 +420,55 @@ class Generative(Reconstructor):
             x = solution.value
             # What was too long here will be at the next level, but near the end rounding alone makes steps short.
             if solution.step is not None:
-                short = (solution.step / (sigma / nu) ** 2).clamp(1 / 16, 1)
+                short = (solution.step / (sigma / nu) ** 2).clamp(_SHORT, 1)
             record.append(_level(sigma, solution, moved))
             if solution.age is not None:  # where levels follow each other, more inertia overshoots
                 solution = replace(solution, age=solution.age.clamp(max=plan.inertia))
         return x, c, record
 
     def _down(
-        self, x: Tensor, levels: Sequence[float], nu: float, noise: float, prox: Callable[[Tensor, Tensor], Tensor],
+        self, x: Tensor, z: Tensor, grids: Sequence[_Grid], levels: Sequence[float], nu: float, noise: float, inner: int,
         generator: torch.Generator,
     ) -> Tensor:  # fmt: skip
-        """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level."""
-        before = x
-        for k, sigma in enumerate(levels):
-            beta = min(k, self.mode.inertia) / (min(k, self.mode.inertia) + 3)
-            v = x + beta * (x - before) + noise * sigma * _white(x, generator)
-            view = _view(generator)
-            clean = v - _back(self._removed(_seen(v, view), sigma), view)
-            x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
+        """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level.
+
+        Where noise hides whatever is finer, on a coarser grid: D sees further there, so gaps in the data fill from further
+        away, and a step costs a fraction.
+        """
+        k = 0
+        for grid, stage in itertools.groupby(levels, lambda sigma: next(g for g in grids[::-1] if sigma > g.above)):
+            x = before = x if x.shape[-2:] == grid.shape else resized(x, grid.shape)
+            prox = self._closest(grid.A, grid.A.H(grid.data(z)), inner)
+            for sigma in stage:
+                beta = min(k, self.mode.inertia) / (min(k, self.mode.inertia) + 3)
+                v = x + beta * (x - before) + noise * grid.scale * sigma * _white(x, generator)
+                view = _view(generator)
+                clean = v - _back(self._removed(_seen(v, view), grid.scale * sigma), view)
+                x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
+                k += 1
         return x
+
+    def _grids(self, z: Tensor, A: LinearOperator, nu: float) -> list[_Grid]:
+        """That of the image and those with half, a quarter, … as many points each way, as far as A knows them.
+
+        Where nothing was measured of what a grid leaves out, it is taken for as much as the next one leaves out beyond that.
+        """
+        full = shape = (A.H(z).shape[-2], A.H(z).shape[-1])
+        grids, kept = [_Grid(shape, 0.0, 1.0, A, lambda y: y)], _sum_of_squares(z, A)
+        while min(shape) // 2 >= _SMALLEST and (coarser := A.coarser((shape[0] // 2, shape[1] // 2))) is not None:
+            shape = shape[0] // 2, shape[1] // 2
+            scale = math.sqrt(math.prod(shape) / math.prod(full))
+            inside = _sum_of_squares(coarser[1](z) / scale, coarser[0])
+            lost, count = kept[0] - inside[0], kept[1] - inside[1]
+            power = max(0.0, lost / count - z.shape[1] * nu**2) if count > 0 else math.inf
+            grids.append(_Grid(shape, self.mode.halve * math.sqrt(power), scale, *coarser))
+            kept = inside
+        for coarse, grid in itertools.pairwise(grids[:0:-1]):
+            if grid.above == math.inf:
+                grid.above = coarse.above
+        for grid, coarse in itertools.pairwise(grids):
+            coarse.above = max(grid.above, coarse.above, 2 * self._end(nu))  # the image itself is to be seen, too
+        return [grid for grid in grids if grid.above < math.inf]
 
     def _begun(self, A: LinearOperator, z: Tensor) -> Tensor:
         """The zero-filled image."""
@@ -487,7 +529,7 @@ class Generative(Reconstructor):
     def _attached(self, x: Tensor, y: Tensor, A: LinearOperator, nu: float) -> Tensor:
         """x with the derivative in y of one more step: the solvers leave no graph."""
         B, z = A.preconditioned(y)
-        sigma = self._ladder(nu, 2)[1]
+        sigma = self._end(nu)
         _, slope = self.energy.value_and_gradient(x, _row(sigma, x))
         return self._closest(B, B.H(z), self.mode.inner)(x - slope.detach(), _row((sigma / nu) ** 2, x)[:, None, None])
 
@@ -505,15 +547,23 @@ class Generative(Reconstructor):
 
         return energy, gradient
 
-    def _ladder(self, nu: float, count: int, hi: float | None = None) -> list[float]:
-        """Levels of σ, falling from the highest to that of the noise."""
-        lo, hi = self.levels[0], self.levels[1] if hi is None else max(hi, 2 * self.levels[0])
-        end = min(max(lo, nu), hi / 2)
-        return [hi * (end / hi) ** (k / (count - 1)) for k in range(count)]
+    def _end(self, nu: float) -> float:
+        """The lowest level: that of the noise."""
+        lo, hi = self.levels
+        return min(max(lo, nu), hi / 2)
 
-    def _levels(self, nu: float, count: int) -> list[float]:
-        """Of σ, on the way to the mode."""
-        return self._ladder(nu, count, min(self.levels[1], max(self.mode.start, 2 * nu)))
+    def _levels(self, grids: Sequence[_Grid], nu: float, ends: int) -> list[float]:
+        """Of σ, falling: at most `rough` down to where the grid is that of the image, then `way` and `ends`, both geometric.
+
+        The paper's energy is no denoiser: it has no way down, all levels are ends.
+        """
+        plan, end = self.mode, self._end(nu)
+        hi = min(self.levels[1], max(plan.start, 2 * end))
+        if isinstance(self.energy, Homogeneous):
+            return _geometric(hi, end, ends)
+        cut = min(grids[1].above if len(grids) > 1 else max(_CUT, 2 * end), hi)
+        rough = math.ceil(plan.rough * min(1.0, math.log(hi / cut) / math.log(1 / _CUT)))
+        return _geometric(hi, cut, rough + 1)[:-1] + _geometric(cut, end, plan.way + ends)
 
     # ---------------------------------------------------------------- the mean
 
@@ -601,11 +651,12 @@ class Generative(Reconstructor):
             def begun(data: Tensor) -> Tensor:
                 return data + plan.start * _white(data, generator)
 
+            grids = self._grids(z, B, nu)
+            levels = self._levels(grids, nu, self.mode.levels)
+
             def move(k: int, x: Tensor) -> tuple[Tensor, None]:
-                data = B.H(other())
-                levels = self._levels(nu, self.mode.way + self.mode.levels)
-                prox = self._closest(B, data, plan.inner)
-                return self._down(begun(data), levels, nu, plan.noise, prox, generator), None
+                data = other()
+                return self._down(begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator), None
 
             common: dict[str, Any] = {
                 "samples": plan.samples, "observe": observe, "callback": callback,
@@ -736,6 +787,28 @@ class Generative(Reconstructor):
         if not isinstance(self.energy, Homogeneous):
             return {}
         return {"R of images / nT": float(self.balance[0]), "R of chains / nT": float(self.balance[1])}
+
+
+@dataclass(eq=False)
+class _Grid:
+    """One that the way down takes for σ `above`: what A and the data are there, and white noise over that on the finest."""
+
+    shape: tuple[int, int]
+    above: float
+    scale: float
+    A: LinearOperator
+    data: Callable[[Tensor], Tensor]
+
+
+def _sum_of_squares(z: Tensor, A: LinearOperator) -> tuple[float, float]:
+    """Σ |z|² and how many samples that is, by their weights where A has some."""
+    weights = getattr(A, "weights", None)
+    count = (z != 0).any(1).sum() if weights is None else weights.sum()
+    return float(half_square(z).sum()) * 2, float(count)
+
+
+def _geometric(first: float, last: float, count: int) -> list[float]:
+    return [first * (last / first) ** (k / max(1, count - 1)) for k in range(count)]
 
 
 def _knows_bfloat16(device: torch.device) -> bool:
