@@ -281,7 +281,7 @@ def test_draws_of_a_normal_prior_go_the_way_down(noise, shape):
     model = gaussian(c, draws={"chains": 8, "samples": 60}, mode={"way": 12, "rough": 20})
     A = Cartesian(mask)
     drawn = model.posterior(y, A, noise=noise, observe=lambda x: fft2(x)).moments
-    sampled, n, grids = (mask[0, 0] > 0).expand(shape), 480, model._grids(y, A, noise)
+    sampled, n, grids = (mask[0, 0] > 0).expand(shape), 480, model._grids(y, A, noise, shape)
     on_it = pad(torch.ones(grids[-1].shape), shape) > 0
     assert len(grids) == 1 + (shape[0] == 48)
     for tau, inner in itertools.product((1.0, 0.0), (True, False)):
@@ -301,7 +301,7 @@ def test_the_way_down_ends_on_the_grid_of_the_image(shape, coils):
     s = normalise(scan(shape, coils=coils, noise=0.01))
     model = build()
     for noise in (1e-3, 0.05, 0.6):
-        grids = model._grids(s.kspace, encoding(s), noise)
+        grids = model._grids(s.kspace, encoding(s), noise, shape)
         levels = model._levels(grids, noise, model.mode.levels)
         assert grids[0].shape == shape
         assert len(grids) == 1 + max(0, int(math.log2(min(shape) / 24)))
@@ -310,7 +310,9 @@ def test_the_way_down_ends_on_the_grid_of_the_image(shape, coils):
             assert coarse.above >= max(fine.above, 2 * levels[-1])
             assert coarse.data(s.kspace).shape[-2:] == coarse.shape
         assert all(a > b for a, b in itertools.pairwise(levels))
-        assert levels[0] == pytest.approx(min(model.levels[1], max(1.0, 2 * noise)))
+        for sigma in levels:
+            assert sigma * [g for g in grids if sigma > g.above][-1].scale >= 0.999 * model.levels[0]
+        assert levels[0] == pytest.approx(min(model.levels[1], max(1.0 if len(grids) > 1 else 0.3, 2 * noise)))
         assert levels[-1] == pytest.approx(max(noise, model.levels[0]) if noise < 0.5 else 0.5)
 
 
@@ -319,14 +321,20 @@ def test_what_was_not_measured_may_matter():
     shape, model = (96, 96), build()
     s = normalise(scan(shape, noise=0.01))
     centre = pad(torch.ones(24, 24), shape)[None, None]
-    whole, part = (model._grids(s.kspace * m, Cartesian(m), 1e-3) for m in (torch.ones_like(centre), centre))
+    whole, part = (model._grids(s.kspace * m, Cartesian(m), 1e-3, shape) for m in (torch.ones_like(centre), centre))
     assert len(part) == 1
     assert len(whole) == 3
     centre = pad(torch.ones(48, 48), shape)[None, None]
-    _, first, second = model._grids(s.kspace * centre, Cartesian(centre), 1e-3)
+    _, first, second = model._grids(s.kspace * centre, Cartesian(centre), 1e-3, shape)
     assert first.above == second.above > whole[1].above
-    _, first, _ = model._grids(0.1 * random((1, 1, *shape)), Cartesian(torch.ones_like(centre)), 0.1)
+    _, first, _ = model._grids(0.1 * random((1, 1, *shape)), Cartesian(torch.ones_like(centre)), 0.1, shape)
     assert first.above < 0.25
+
+
+def test_without_a_step_at_full_resolution_the_image_is_still_whole():
+    s = normalise(scan((64, 64), noise=0.01))
+    out = build(mode={"rough": 3, "way": 0}).eval()(s.kspace, encoding(s), noise=0.01)
+    assert out.image.shape == (1, 64, 64)
 
 
 def test_an_operator_without_coarser_grids_is_met_on_the_finest():

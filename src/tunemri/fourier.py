@@ -101,7 +101,7 @@ def crop(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def pad(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zero-pad `(*, h, w)` to `(*, H, W)` around index N // 2; the adjoint of `crop`."""
+    """Zero-pad `(*, h, w)` to `(*, H, W)` around index N // 2; the adjoint of `crop`, and the same where H or W is smaller."""
     (top, bottom), (left, right) = (
         (lambda before: (before, big - small - before))(big // 2 - small // 2)
         for small, big in zip(x.shape[-2:], shape, strict=True)
@@ -114,7 +114,4 @@ def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
 
     Where the grid is coarser, finer frequencies are lost; where it is finer, they are zero.
     """
-    h, w = x.shape[-2:]
-    y = fft2(x)
-    y = pad(y, shape) if shape[0] * shape[1] > h * w else crop(y, shape)
-    return ifft2(y) * math.sqrt(shape[0] * shape[1] / (h * w))
+    return ifft2(pad(fft2(x), shape)) * math.sqrt(shape[0] * shape[1] / math.prod(x.shape[-2:]))

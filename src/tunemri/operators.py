@@ -401,8 +401,9 @@ class NonCartesian(LinearOperator):
 
     def coarser(self, shape: tuple[int, int]) -> tuple[LinearOperator, Callable[[Tensor], Tensor]]:
         scale = _scale(self.in_shape, shape)
-        half = torch.tensor(shape, dtype=self.trajectory.dtype, device=self.trajectory.device) / 2
-        inside = ((self.trajectory >= -half) & (self.trajectory < half)).all(-1).to(self.trajectory.dtype)
+        fine, coarse = (torch.tensor(n).to(self.trajectory) for n in (self._size, shape))
+        k = self.trajectory - fine * (self.trajectory / fine + 0.5).floor()  # k and k + N are the same frequency
+        inside = ((k >= -coarse / 2) & (k < coarse / 2)).all(-1).to(k.dtype)
         csm = None if self.csm is None else resized(self.csm, shape)
         weights = inside if self.weights is None else self.weights * inside
         one = NonCartesian(self.trajectory, csm, shape, weights, self.eps, self.backend)

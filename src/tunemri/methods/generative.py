@@ -39,8 +39,9 @@ __all__ = ["PRESETS", "Draws", "Generative", "Likelihood", "Mode", "Regression",
 _BINS = 12  # of log σ, in which the energies of training images are remembered
 _FAINTEST = 0.002  # noise level that is always assumed: the rounding of most files
 _SHORT = 1 / 16  # first step of descent at the first level, over (σ/ν)²; larger ones are hardly ever short enough
-_CUT = 0.07  # where the rough part of the way ends, if the data do not say
-_SMALLEST = 24  # pixels a side of the coarsest grid
+_ALONE = 0.3  # where the way begins if there is no coarser grid
+_CUT = 0.07  # where grids coarser than the image's usually end
+_SMALLEST = 24  # pixels that the coarsest grid has at least
 _SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again, but at the edges
 _DETAIL = 0.05  # standard deviation of details of images, over their scale
 _OPEN = 30  # conjugate gradient steps, at most, for what the data leave open; of many coils and little noise it takes that many
@@ -53,12 +54,12 @@ class Mode:
 
     Arguments:
         start: highest σ, in units of the scale of the image.
-        rough: steps down from there on coarser grids, fewer where that part is short.
+        rough: steps down from there on coarser grids: fewer where that part is short, none where there is no such grid.
         halve: σ down to which a grid is taken, over the root mean square of the measured frequencies that it has not and the
             next finer one has.
         way: steps from there on, at full resolution.
         noise: standard deviation of the fresh noise at each step, over σ.
-        levels: of σ that end the way, geometric as all of it, the last that of the noise in the data; and
+        levels: of σ that end the way, as far apart as its steps, the last that of the noise in the data; and
         steps: of accelerated descent at each, at most.
         inertia: steps for which it builds up at most.
         tolerance: on the relative change of the image in a step of descent.
@@ -101,7 +102,7 @@ class Mode:
             not good
             or not 0 <= self.tolerance < 1
             or not 0 <= min(self.mu, self.noise) < math.inf
-            or not min(self.start, self.halve) > 0
+            or not 0 < min(self.start, self.halve) <= max(self.start, self.halve) < math.inf
         ):
             raise errors.BadOption(
                 f"found {self}, expected levels ≥ 2, steps ≥ 1, start and halve > 0, tolerance, noise and mu ≥ 0",
@@ -398,12 +399,14 @@ class Generative(Reconstructor):
         """
         plan, record, solution, b, begun = self.mode, [], None, A.H(z), c
         ends = plan.levels if c is None else plan.map_levels
-        grids = self._grids(z, A, nu)
+        grids = self._grids(z, A, nu, (b.shape[-2], b.shape[-1]))
         levels = self._levels(grids, nu, ends)
+        descents = isinstance(self.energy, Homogeneous)  # no denoiser: every level is one
+        ends = len(levels) if descents else ends
         # Every mode meets the same noise and the same views, on every device.
         generator = torch.Generator().manual_seed(0)
         x = self._down(x, z, grids, levels[:-ends], nu, plan.noise, plan.inner, generator)
-        short: float | Tensor = _SHORT
+        short: float | Tensor = 1.0 if descents else _SHORT
         for sigma in levels[-ends:]:
             moved = None
             if c is not None and begun is not None:
@@ -446,14 +449,15 @@ class Generative(Reconstructor):
                 clean = v - _back(self._removed(_seen(v, view), grid.scale * sigma), view)
                 x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
                 k += 1
-        return x
+        return x if x.shape[-2:] == grids[0].shape else resized(x, grids[0].shape)
 
-    def _grids(self, z: Tensor, A: LinearOperator, nu: float) -> list[_Grid]:
+    def _grids(self, z: Tensor, A: LinearOperator, nu: float, full: tuple[int, int]) -> list[_Grid]:
         """That of the image and those with half, a quarter, … as many points each way, as far as A knows them.
 
         Where nothing was measured of what a grid leaves out, it is taken for as much as the next one leaves out beyond that.
+        Noise that ν does not account for (λ below one, density weights) counts as something to be seen: grids are finer then.
         """
-        full = shape = (A.H(z).shape[-2], A.H(z).shape[-1])
+        shape = full
         grids, kept = [_Grid(shape, 0.0, 1.0, A, lambda y: y)], _sum_of_squares(z, A)
         while min(shape) // 2 >= _SMALLEST and (coarser := A.coarser((shape[0] // 2, shape[1] // 2))) is not None:
             shape = shape[0] // 2, shape[1] // 2
@@ -467,7 +471,8 @@ class Generative(Reconstructor):
             if grid.above == math.inf:
                 grid.above = coarse.above
         for grid, coarse in itertools.pairwise(grids):
-            coarse.above = max(grid.above, coarse.above, 2 * self._end(nu))  # the image itself is to be seen, too
+            # The image itself is to be seen, too, and D knows no lower level than that of training.
+            coarse.above = max(grid.above, coarse.above, 2 * self._end(nu), self.levels[0] / coarse.scale)
         return [grid for grid in grids if grid.above < math.inf]
 
     def _begun(self, A: LinearOperator, z: Tensor) -> Tensor:
@@ -553,15 +558,12 @@ class Generative(Reconstructor):
         return min(max(lo, nu), hi / 2)
 
     def _levels(self, grids: Sequence[_Grid], nu: float, ends: int) -> list[float]:
-        """Of σ, falling: at most `rough` down to where the grid is that of the image, then `way` and `ends`, both geometric.
-
-        The paper's energy is no denoiser: it has no way down, all levels are ends.
-        """
+        """Of σ, falling: at most `rough` down to where the grid is that of the image, then `way` and `ends`, both geometric."""
         plan, end = self.mode, self._end(nu)
         hi = min(self.levels[1], max(plan.start, 2 * end))
-        if isinstance(self.energy, Homogeneous):
-            return _geometric(hi, end, ends)
-        cut = min(grids[1].above if len(grids) > 1 else max(_CUT, 2 * end), hi)
+        if len(grids) == 1 or isinstance(self.energy, Homogeneous):
+            return _geometric(min(hi, max(_ALONE, 2 * end)), end, plan.way + ends)
+        cut = min(grids[1].above, hi)
         rough = math.ceil(plan.rough * min(1.0, math.log(hi / cut) / math.log(1 / _CUT)))
         return _geometric(hi, cut, rough + 1)[:-1] + _geometric(cut, end, plan.way + ends)
 
@@ -618,8 +620,8 @@ class Generative(Reconstructor):
 
         Each draw begins anew: at noise of its own and data with more noise, it goes the way down to the mode, with more
         noise on it, as Langevin's algorithm at falling temperature does. Moves know nothing of each other, and R̂ tells
-        whether there are enough; the chains of one move share its views. Errors are larger than the spread of draws: what
-        this returns, moments too, is as drawn, and `forward` widens deviations by `Draws.temperature` and `Draws.coarse`.
+        whether there are enough; the chains of one move share its views. Where little is sampled, errors are larger than the
+        spread of draws: what this returns, moments too, is as drawn, and `forward` widens deviations by `Draws.temperature`.
         The paper's energy, which knows one level only, is drawn from by Langevin's algorithm, from the mode for data with
         more noise.
 
@@ -651,7 +653,7 @@ class Generative(Reconstructor):
             def begun(data: Tensor) -> Tensor:
                 return data + plan.start * _white(data, generator)
 
-            grids = self._grids(z, B, nu)
+            grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
             levels = self._levels(grids, nu, self.mode.levels)
 
             def move(k: int, x: Tensor) -> tuple[Tensor, None]:
