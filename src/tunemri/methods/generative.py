@@ -653,18 +653,20 @@ class Generative(Reconstructor):
             def begun(data: Tensor) -> Tensor:
                 return data + plan.start * _white(data, generator)
 
-            grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
-            levels = self._levels(grids, nu, self.mode.levels)
-
-            def move(k: int, x: Tensor) -> tuple[Tensor, None]:
-                data = other()
-                return self._down(begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator), None
-
             common: dict[str, Any] = {
                 "samples": plan.samples, "observe": observe, "callback": callback,
                 "limit": 100 * float(b.abs().max()) + 100,
             }  # fmt: skip
             if not isinstance(self.energy, Homogeneous):
+                grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
+                levels = self._levels(grids, nu, self.mode.levels)
+
+                def move(k: int, x: Tensor) -> tuple[Tensor, None]:
+                    data = other()
+                    return self._down(
+                        begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator
+                    ), None
+
                 return solvers.markov(move, b.expand(plan.chains, *b.shape[1:]), **common)
             data = other()
             start = self._descend(begun(self._begun(B, data)), data, B, nu)[0]
