@@ -18,10 +18,10 @@ from laws import lines, random, relative, scan
 from tunemri import cli, console, errors, formats, trajectories, tuning
 from tunemri.coils import low_resolution_maps
 from tunemri.datasets import Example
-from tunemri.fourier import fft2, ifft2, pad
+from tunemri.fourier import fft2, ifft2, pad, resized
 from tunemri.methods import card, generative, load, prepare, reconstruct, save
 from tunemri.methods.generative import PRESETS, Generative, Likelihood, Regression, noise_level, power
-from tunemri.networks.energy import Energy, Homogeneous
+from tunemri.networks.energy import Coloured, Energy, Homogeneous
 from tunemri.operators import Cartesian, Coils, Fourier, Mask, NonCartesian, encoding
 from tunemri.scan import normalise
 from tunemri.simulate import phantom, simulate
@@ -93,6 +93,124 @@ def test_training_removes_noise_of_every_level():
         alike, texture = phantom((24, 24), seed=9).to(torch.complex64)[None], random((1, 24, 24))
     assert abs(float(model.unlike(alike))) < abs(float(model.unlike(texture)))
     assert float(build().unlike(alike)) == 0, "never trained"
+
+
+# ------------------------------------------------------------------------------------------------ coloured noise
+
+COARSE = {"widths": [4, 6], "levels": [0.01, 0.5], "starts": 2}
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (15, 21), (9, 24)], ids=str)
+def test_coloured_noise_is_louder_the_lower_its_frequency(shape):
+    net = Coloured(widths=[4, 6], corner=3.0, power=2.0)
+    x, y = random((2, *shape), torch.complex128), random((2, *shape), torch.complex128, seed=1)
+    torch.testing.assert_close((net.colour(x).conj() * y).sum(), (x.conj() * net.colour(y)).sum())
+    factor = (fft2(net.colour(ifft2(torch.ones(shape, dtype=torch.complex128))))).real
+    h, w = shape
+    assert float(factor[h // 2, w // 2]) == pytest.approx(math.sqrt(1 + (9 / 0.5) ** 2))
+    assert float(factor.min()) >= 1
+    assert int(factor.argmax()) == h // 2 * w + w // 2
+    turned = net.colour(x.mT.contiguous()).mT  # noise in an image that is turned is noise
+    torch.testing.assert_close(turned, net.colour(x))
+    assert net.colour(random((1, *shape))).dtype == torch.complex64
+
+
+class White(Coloured):
+    """That of independent normal pixels of variance c: D(x, σ) = c (c + σ² S)⁻¹ x."""
+
+    def value_and_gradient(self, x, sigma):
+        s = fft2(self.colour(self.colour(ifft2(torch.ones_like(x)))))
+        slope = ifft2(sigma[:, None, None] ** 2 / (0.3 + sigma[:, None, None] ** 2 * s) * fft2(x))
+        return (slope.conj() * x).real.sum((1, 2)).double() / 2, slope
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (25, 32)], ids=str)
+def test_what_is_taken_away_has_the_colour_of_the_noise(shape):
+    model, x, sigma = build(coarse=COARSE), random((1, *shape)), 0.2
+    energy = White(widths=[4])
+    s = fft2(energy.colour(energy.colour(ifft2(torch.ones(shape, dtype=torch.complex64)))))
+    torch.testing.assert_close(x - model._removed(x, sigma, energy), ifft2(0.3 / (0.3 + sigma**2 * s) * fft2(x)))
+
+
+@pytest.mark.parametrize("coils", [1, 3])
+def test_noise_without_colour_makes_no_difference(coils):
+    s, common = normalise(scan((64, 50), coils=coils, noise=0.01)), {"mode": {"rough": 6, "way": 3}, "precision": "float32"}
+    A, plain = encoding(s), build(**common)
+    alike = {"widths": [4, 6], "levels": plain.levels, "start": 1.0, "noise": 0.25, "inertia": 15, "starts": 1}
+    plain.draws = dataclasses.replace(plain.draws, noise=0.25)
+    models = [plain, *(build(**common, draws=vars(plain.draws), coarse=alike | {"corner": c}) for c in (1e-4, 6.0))]
+    for model in models[1:]:
+        model.start_from(plain)
+    images = [model(s.kspace, A, noise=0.01).image for model in models]
+    means = [model.posterior(s.kspace, A, noise=0.01, seed=0).moments.mean for model in models]
+    for plainly, white, coloured in (images, means):
+        assert relative(white, plainly) < 0.02, "but for the mean of the image, which stands below every corner"
+        assert relative(coloured, plainly) > 0.04
+
+
+def test_of_several_ways_down_the_one_of_the_lowest_energy_goes_on():
+    s = normalise(scan((64, 50), noise=0.01))
+    model, A = build(coarse=COARSE, mode={"rough": 6, "way": 0}), encoding(s)
+    grids = model._grids(s.kspace, A, 0.01, (64, 50))
+    x = torch.cat([random((1, 64, 50), seed=k) * (1, 0.1, 0.5, 3)[k] for k in range(4)])
+    assert torch.equal(model._chosen(x, grids[1], 0.1), x[[1, 2]])
+    levels = [v for v in model._levels(grids, 0.01, 2) if v > grids[1].above]
+    x = s.kspace[:, 0].repeat(3, 1, 1)
+    out = model._down(x, s.kspace, grids, levels, 0.01, 0.5, 2, torch.Generator().manual_seed(0))
+    assert out.shape == x.shape
+    assert not torch.equal(out[0], out[1])
+    assert torch.equal(model._down(x, s.kspace, grids, [], 0.01, 0.5, 2, torch.Generator()), x)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (50, 67)], ids=str)
+def test_low_frequencies_are_what_the_coarse_energy_says(shape):
+    model, s = build(coarse=COARSE | {"corner": 3.0}), normalise(scan(shape, noise=0.01))
+    grid, low = model._grids(s.kspace, encoding(s), 0.01, shape)[:2]
+    v, view = random((1, *shape)), (3, 2, 1)
+    fine = generative._back(model._removed(generative._seen(v, view), 0.1), view)
+    small = model._removed(generative._seen(resized(v, low.shape), view), 0.1 * low.scale, model.coarse)
+    coarse, taken = fft2(resized(generative._back(small, view), shape)), fft2(model._taken(v, grid, low, 0.1, view))
+    h, w = shape
+    torch.testing.assert_close(taken[:, h // 2, w // 2], coarse[:, h // 2, w // 2])
+    torch.testing.assert_close(taken[:, 0], fft2(fine)[:, 0], rtol=1e-3, atol=1e-4)
+    assert relative(taken, fft2(fine)) > 0.01
+    faint = 0.4 * model.rough.levels[0] / low.scale
+    fine = generative._back(model._removed(generative._seen(v, view), faint), view)
+    assert torch.equal(model._taken(v, grid, low, faint, view), fine), "it knows no such level"
+
+
+def test_training_beside_an_energy_leaves_that_alone():
+    torch.manual_seed(0)
+    trained = Generative(energy={"widths": [8, 12]}, levels=(0.05, 0.5), trained={"size": [32, 256]})
+    trained.usual.fill_(1.0)
+    coarse = {"widths": [8, 12], "levels": [0.05, 0.5]}
+    model = Generative(energy={"widths": [8, 12]}, levels=(0.05, 0.5), coarse=coarse, trained={"size": [8, 9]}).train()
+    x = torch.stack([phantom((24, 24), seed=b).to(torch.complex64) for b in range(4)])
+    example = Example(y=fft2(x[:, None]), A=Cartesian(torch.ones(1, 1, 24, 24)), target=x)
+    with pytest.raises(errors.BadOption, match="not trained"):
+        model.loss(example, torch.Generator())
+    model.start_from(trained)
+    assert model.trained == trained.trained == model.arguments["trained"]
+    assert model.coarse is not None
+    for mine, others in zip(model.coarse.parameters(), trained.energy.parameters(), strict=True):
+        assert torch.equal(mine, others)
+    moved = [p for p in model.parameters() if p.requires_grad]
+    assert len(moved) == len(list(model.coarse.parameters()))
+    optimiser = torch.optim.Adam(moved, 5e-3)
+    losses = []
+    for step in range(60):
+        optimiser.zero_grad()
+        loss = model.loss(example, torch.Generator().manual_seed(step))
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-10:]) < sum(losses[:10]) - 2
+    assert torch.equal(model.usual, trained.usual)
+    again = Generative(**model.arguments)
+    again.start_from(model)
+    assert torch.equal(again.coarse.first.weight, model.coarse.first.weight)
+    with pytest.raises(errors.BadOption, match="other networks"):
+        trained.start_from(model)
 
 
 # ------------------------------------------------------------------------------------------------ the paper's energy
@@ -703,6 +821,12 @@ def test_wrong_numbers_are_refused():
         {"levels": (1.0, 0.1)},
         {"energy": {"width": 3}},
         {"energy": {"widths": []}},
+        {"coarse": {"width": 3}},
+        {"coarse": {"corner": 0}},
+        {"coarse": {"levels": [1, 0.1]}},
+        {"coarse": {"noise": -1}},
+        {"coarse": {"starts": 0}},
+        {"coarse": {}, "energy": {"name": "paper", "size": 16, "widths": [4, 4]}},
         {"mode": {"levels": 1}},
     ):
         with pytest.raises(errors.BadOption):

@@ -462,6 +462,16 @@ def test_a_batch_depends_on_step_and_rank_and_on_nothing_else():
     assert not torch.equal(y[0], y[2])
 
 
+def test_sizes_come_in_turn_with_as_many_pixels():
+    draw = sampler(batch=4, size=32, sizes=[32, 16, 64])
+    assert [tuple(draw(step).target.shape) for step in range(4)] == [(4, 32, 32), (16, 16, 16), (1, 64, 64), (4, 32, 32)]
+    assert torch.equal(draw(3, 1).target, sampler(batch=4)(3, 1).target)
+    assert draw.domain["size"] == [8, 256]
+    assert draw.domain["acceleration"] == sampler().domain["acceleration"]
+    with pytest.raises(errors.BadOption, match=r"data\.size"):
+        sampler(sizes=[32, 0])
+
+
 def test_masks_of_one_protocol_are_as_they_are_made():
     """Otherwise they are turned, mirrored, and have other options of their family."""
     families = {"masks": ("cartesian-random",), "acceleration": (4.0, 4.0), "coils": 1, "bank": 3}

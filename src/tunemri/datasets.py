@@ -201,6 +201,7 @@ class Sampler:
         images: by source, as from `load_images`; sources are drawn in proportion to the root of their size.
         batch: samples per step.
         size: edge of the square training matrix, in pixels.
+        sizes: several instead, step after step in turn, with as many samples as have about as many pixels.
         masks: families in `masks.MASKS` or `masks.TASKS`, equally often; name one twice to draw it twice as often.
         acceleration: `(lo, hi)`, drawn log-uniformly.
         noise: `(lo, hi)` standard deviation of the noise over the image maximum, log-uniform; a quarter of the
@@ -219,6 +220,7 @@ class Sampler:
     images: dict[str, list[Tensor]]
     batch: int = 8
     size: int = 128
+    sizes: Sequence[int] = ()
     masks: Sequence[str] = tuple(patterns.MASKS)
     acceleration: tuple[float, float] = (2.0, 10.0)
     noise: tuple[float, float] = (0.001, 0.03)
@@ -245,6 +247,10 @@ class Sampler:
             )
         if self.size < 16:
             raise errors.BadOption(f"found {self.size}, expected at least 16", key="data.size")
+        others = [
+            replace(self, size=n, sizes=(), batch=max(1, round(self.batch * (self.size / max(1, n)) ** 2))) for n in self.sizes
+        ]
+        object.__setattr__(self, "_others", others)
         generator = torch.Generator().manual_seed(self.seed)
         bank = []
         for name in self.masks:
@@ -263,11 +269,11 @@ class Sampler:
     def domain(self) -> dict[str, Any]:
         """What a model trained on these batches has seen, in the terms of `Reconstructor.outside`."""
         bank: Tensor = self._bank  # type: ignore[attr-defined]
-        c = self.size // 2
+        c, sizes = self.size // 2, self.sizes or (self.size,)
         return {
             "acceleration": [1 / max(self.ratios), 1 / min(self.ratios)] if self.ratios else list(self.acceleration),
             # Convolutions carry over to other sizes; how far was measured on 256², see the README.
-            "size": [self.size // 2, 4 * self.size],
+            "size": [min(sizes) // 2, 4 * max(sizes)],
             "coils": self.coils,
             "noise": list(self.noise),
             "block": all(name in patterns.TASKS for name in self.masks),
@@ -276,6 +282,9 @@ class Sampler:
 
     def __call__(self, step: int, rank: int = 0) -> Example:
         """The batch of a step (and, in distributed training, of a rank)."""
+        if others := self._others:  # type: ignore[attr-defined]
+            one: Example = others[step % len(others)](step, rank)
+            return one
         # Three numbers into one seed, far apart, so that no two steps or ranks share a stream.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1009 + rank)
         if not self.upper:

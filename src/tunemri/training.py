@@ -31,6 +31,7 @@ from torch import Tensor
 from . import errors, files
 from .datasets import Example, Sampler, load_images
 from .methods import Reconstructor, load, make, save
+from .methods.generative import Generative
 from .methods.hyperrecon import HyperRecon, SingleWeight, bake
 from .methods.metalearned import MetaLearned
 from .solvers import AdaBelief
@@ -328,6 +329,8 @@ def _start(model: Reconstructor, trained: Reconstructor) -> None:
         model.start_from(dict(trained.main.named_parameters()))
     elif isinstance(model, HyperRecon) and isinstance(trained, SingleWeight):
         model.hypernet.start_from(dict(trained.main.named_parameters()))
+    elif isinstance(model, Generative) and isinstance(trained, Generative):
+        model.start_from(trained)
     elif type(model) is type(trained) and {k: v.shape for k, v in model.state_dict().items()} == {
         k: v.shape for k, v in trained.state_dict().items()
     }:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import coils, errors, solvers
 from ..fourier import fft2, ifft2, resized
-from ..networks.energy import ENERGIES, Homogeneous
+from ..networks.energy import ENERGIES, Coloured, Energy, Homogeneous
 from ..operators import LinearOperator, NonCartesian
 from ..scan import Reconstruction, Scan, joined
 from .base import Dial, Reconstructor, data_residual, half_square, made
@@ -42,6 +42,7 @@ _SHORT = 1 / 16  # first step of descent at the first level, over (σ/ν)²; lar
 _ALONE = 0.3  # where the way begins if there is no coarser grid
 _CUT = 0.07  # where grids coarser than the image's usually end
 _SMALLEST = 24  # pixels that the coarsest grid has at least
+_LOW = 48  # pixels that the grid of low frequencies has at least
 _SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again, but at the edges
 _DETAIL = 0.05  # standard deviation of details of images, over their scale
 _OPEN = 30  # conjugate gradient steps, at most, for what the data leave open; of many coils and little noise it takes that many
@@ -221,12 +222,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rough:
+    """The way down on coarser grids by an energy of their own, see `Generative`."""
+
+    levels: tuple[float, float] = (0.008, 1.0)
+    start: float = 0.5
+    noise: float = 0.7
+    inertia: int = 4
+    starts: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", _range(self.levels, "coarse.levels"))
+        if not 0 < self.start < math.inf or not 0 <= self.noise < math.inf or self.inertia < 0 or self.starts < 1:
+            raise errors.BadOption(f"found {self}, expected start > 0, noise and inertia ≥ 0, starts ≥ 1", key="coarse")
+
+
 class Generative(Reconstructor):
     """The prior and what follows from it.
 
     Arguments:
         energy: `name` in `networks.energy.ENERGIES`, by default "unet", and its arguments.
         levels: (lo, hi) of σ in training, over the scale of the image (see `scan.normalise`).
+        coarse: of another energy for grids coarser than the image's and for low frequencies, `networks.energy.Coloured`: its
+            arguments, its own `levels`, and of the way down on such grids `start`, `noise` and `inertia`, see `Mode`, and `starts`, ways
+            of which the one of the lowest energy goes on. Training then fits it alone. None: the same energy for all grids.
         mode, draws: how to find the mode and how to draw, see `Mode` and `Draws`.
         likelihood: how to train the paper's energy, see `Likelihood`.
         real: images are real and not negative, as magnitude images are and as the paper assumes; posterior samples, whose
@@ -250,6 +270,7 @@ class Generative(Reconstructor):
         *,
         energy: Mapping[str, Any] | None = None,
         levels: Sequence[float] = (0.004, 1.0),
+        coarse: Mapping[str, Any] | None = None,
         mode: Mapping[str, Any] | None = None,
         draws: Mapping[str, Any] | None = None,
         likelihood: Mapping[str, Any] | None = None,
@@ -259,10 +280,7 @@ class Generative(Reconstructor):
         trained: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        lo, hi = levels
-        if not 0 < lo < hi < math.inf:
-            raise errors.BadOption(f"found {list(levels)}, expected 0 < lo < hi", key="levels")
-        self.levels = float(lo), float(hi)
+        self.levels = _range(levels, "levels")
         spec = dict(energy or {})
         name = spec.pop("name", "unet")
         if name not in ENERGIES:
@@ -279,6 +297,14 @@ class Generative(Reconstructor):
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
             # R of images and of chains, over what it is in equilibrium: n T with n pixels.
             self.register_buffer("balance", torch.zeros(2))
+        self.coarse: Coloured | None = None
+        if coarse is not None:
+            spec = dict(coarse)
+            self.rough = made(_Rough, "coarse", {key: spec.pop(key) for key in vars(_Rough()) if key in spec})
+            if isinstance(self.energy, Homogeneous):
+                raise errors.BadOption(f"found one beside {name!r}, which knows one level", key="coarse")
+            self.coarse = made(Coloured, "coarse", spec)
+            self.energy.requires_grad_(False)
         self.watch: Callable[[int, int], bool | None] | None = None
         self.mode, self.draws = made(Mode, "mode", mode), made(Draws, "draws", draws)
         # Of noisy training images, in bins of log σ: means of log E/(σ² pixels) and of its square.
@@ -292,7 +318,8 @@ class Generative(Reconstructor):
         self.arguments = {
             "energy": dict(energy or {}), "levels": list(self.levels), "mode": dict(mode or {}),
             "draws": dict(draws or {}), "likelihood": dict(likelihood or {}), "real": self.real,
-            "precision": precision, "trained": self.trained, **({} if regression is None else {"regression": dict(regression)}),
+            "precision": precision, "trained": self.trained, **({} if coarse is None else {"coarse": dict(coarse)}),
+            **({} if regression is None else {"regression": dict(regression)}),
         }  # fmt: skip
 
     def forward(
@@ -438,18 +465,40 @@ class Generative(Reconstructor):
         Where noise hides whatever is finer, on a coarser grid: D sees further there, so gaps in the data fill from further
         away, and a step costs a fraction.
         """
-        k = 0
+        low, k, count = None, 0, len(x)
+        if self.coarse is not None and len(grids) > 1 and levels:
+            low, sigma = next((g for g in grids[:0:-1] if min(g.shape) >= _LOW), grids[-1]), levels[0]
+            x, z = (u.repeat_interleave(self.rough.starts, 0) for u in (x, z.expand(count, *z.shape[1:])))
         for grid, stage in itertools.groupby(levels, lambda sigma: next(g for g in grids[::-1] if sigma > g.above)):
+            if low is not None and len(x) > count and grid.scale > low.scale:
+                x, z = self._chosen(x, low, sigma), z[:: self.rough.starts]
             x = before = x if x.shape[-2:] == grid.shape else resized(x, grid.shape)
             prox = self._closest(grid.A, grid.A.H(grid.data(z)), inner)
+            coloured = isinstance(grid.energy, Coloured)
+            share, longest = (self.rough.noise, self.rough.inertia) if coloured else (noise, self.mode.inertia)
             for sigma in stage:
-                beta = min(k, self.mode.inertia) / (min(k, self.mode.inertia) + 3)
-                v = x + beta * (x - before) + noise * grid.scale * sigma * _white(x, generator)
-                view = _view(generator)
-                clean = v - _back(self._removed(_seen(v, view), grid.scale * sigma), view)
+                beta = min(k, longest) / (min(k, longest) + 3)
+                fresh = _coloured(grid.energy, _white(x, generator))
+                v = x + beta * (x - before) + share * grid.scale * sigma * fresh
+                clean = v - self._taken(v, grid, low, sigma, _view(generator))
                 x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
                 k += 1
+        if low is not None and len(x) > count:
+            x = self._chosen(x, low, sigma)
         return x if x.shape[-2:] == grids[0].shape else resized(x, grids[0].shape)
+
+    def _chosen(self, x: Tensor, low: _Grid, sigma: float) -> Tensor:
+        """Of images that began alike the one with the lowest coarse energy.
+
+        Some end where prior and data hardly agree, where the centre of k-space is missing far too bright. Next to such differences
+        between energies, of hundreds, no draw has a probability worth drawing from.
+        """
+        assert self.coarse is not None
+        y, s = x if x.shape[-2:] == low.shape else resized(x, low.shape), low.scale * sigma
+        noise = self.coarse.colour(_white(y[:1], torch.Generator().manual_seed(0)))
+        with torch.no_grad():
+            best = self.coarse(y + s * noise, _row(s, y)).view(-1, self.rough.starts).argmin(1)
+        return x.view(-1, self.rough.starts, *x.shape[1:])[torch.arange(len(best)), best]
 
     def _grids(self, z: Tensor, A: LinearOperator, nu: float, full: tuple[int, int]) -> list[_Grid]:
         """That of the image and those with half, a quarter, … as many points each way, as far as A knows them.
@@ -457,42 +506,53 @@ class Generative(Reconstructor):
         Where nothing was measured of what a grid leaves out, it is taken for as much as the next one leaves out beyond that.
         Noise that ν does not account for (λ below one, density weights) counts as something to be seen: grids are finer then.
         """
-        shape = full
-        grids, kept = [_Grid(shape, 0.0, 1.0, A, lambda y: y)], _sum_of_squares(z, A)
+        shape, energy = full, self.energy if self.coarse is None else self.coarse
+        lowest = self.levels[0] if self.coarse is None else self.rough.levels[0]
+        grids, kept = [_Grid(shape, 0.0, 1.0, self.energy, A, lambda y: y)], _sum_of_squares(z, A)
         while min(shape) // 2 >= _SMALLEST and (coarser := A.coarser((shape[0] // 2, shape[1] // 2))) is not None:
             shape = shape[0] // 2, shape[1] // 2
             scale = math.sqrt(math.prod(shape) / math.prod(full))
             inside = _sum_of_squares(coarser[1](z) / scale, coarser[0])
             lost, count = kept[0] - inside[0], kept[1] - inside[1]
             power = max(0.0, lost / count - z.shape[1] * nu**2) if count > 0 else math.inf
-            grids.append(_Grid(shape, self.mode.halve * math.sqrt(power), scale, *coarser))
+            grids.append(_Grid(shape, self.mode.halve * math.sqrt(power), scale, energy, *coarser))
             kept = inside
         for coarse, grid in itertools.pairwise(grids[:0:-1]):
             if grid.above == math.inf:
                 grid.above = coarse.above
         for grid, coarse in itertools.pairwise(grids):
             # The image itself is to be seen, too, and D knows no lower level than that of training.
-            coarse.above = max(grid.above, coarse.above, 2 * self._end(nu), self.levels[0] / coarse.scale)
+            coarse.above = max(grid.above, coarse.above, 2 * self._end(nu), lowest / coarse.scale)
         return [grid for grid in grids if grid.above < math.inf]
 
     def _begun(self, A: LinearOperator, z: Tensor) -> Tensor:
         """The zero-filled image."""
         return _real(A.H(z)) if self.real else A.H(z)
 
-    def _removed(self, x: Tensor, sigma: float) -> Tensor:
-        """∇E(x, σ), what D takes away: around no pixel much more than there is noise.
+    def _taken(self, v: Tensor, grid: _Grid, low: _Grid | None, sigma: float, view: tuple[int, int, int]) -> Tensor:
+        """What D takes away of v in one view: of low frequencies, where there is a coarse energy, what that one does on its grid."""
+        fine = _back(self._removed(_seen(v, view), grid.scale * sigma, grid.energy), view)
+        if low is None or isinstance(grid.energy, Coloured) or low is grid or low.scale * sigma < self.rough.levels[0] / 2:
+            return fine
+        assert self.coarse is not None
+        small = self._removed(_seen(resized(v, low.shape), view), low.scale * sigma, self.coarse)
+        return fine + self.coarse.below(resized(_back(small, view), grid.shape) - fine)
+
+    def _removed(self, x: Tensor, sigma: float, energy: Energy | None = None) -> Tensor:
+        """∇E(x, σ), what D takes away (S ∇E, if noise is coloured): around no pixel much more than there is noise.
 
         Far from what it was trained for, D now and then makes things up in some place; one such step would ruin all
-        that follow.
+        that follow. Coloured noise is limited where it is white, S^½ ∇E.
 
         Raises:
             NonFinite: the energy is not.
         """
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self._quick(x)):
-            value, slope = self.energy.value_and_gradient(x, _row(sigma, x))
+            value, slope = (energy or self.energy).value_and_gradient(x, _row(sigma, x))
         if not bool(value.isfinite().all()):
             raise errors.NonFinite(f"the energy at σ = {sigma:g}", key="energy", help="data of usual scale")
-        return slope * (_MOST * sigma / _around(slope).clamp(min=_MOST * sigma))
+        slope = _coloured(energy, slope)
+        return _coloured(energy, slope * (_MOST * sigma / _around(slope).clamp(min=_MOST * sigma)))
 
     def _quick(self, x: Tensor) -> bool:
         """Whether convolutions on images like x round to bfloat16 while noise is taken away."""
@@ -560,7 +620,10 @@ class Generative(Reconstructor):
     def _levels(self, grids: Sequence[_Grid], nu: float, ends: int) -> list[float]:
         """Of σ, falling: at most `rough` down to where the grid is that of the image, then `way` and `ends`, both geometric."""
         plan, end = self.mode, self._end(nu)
-        hi = min(self.levels[1], max(plan.start, 2 * end))
+        highest, start = self.levels[1], plan.start
+        if self.coarse is not None:
+            highest, start = self.rough.levels[1] / grids[-1].scale, self.rough.start
+        hi = min(highest, max(start, 2 * end))
         if len(grids) == 1 or isinstance(self.energy, Homogeneous):
             return _geometric(min(hi, max(_ALONE, 2 * end)), end, plan.way + ends)
         cut = min(grids[1].above, hi)
@@ -726,22 +789,25 @@ class Generative(Reconstructor):
         """Denoising score matching, over all levels: mean over samples of log (‖D(x̃, σ) − x‖² / ‖x̃ − x‖²).
 
         x̃ is the image with noise of a level σ that is drawn uniformly in log σ, one stratum for each sample of the
-        batch. Under the logarithm every level pulls alike.
+        batch. Under the logarithm every level pulls alike. Coloured noise is compared where it is white.
         """
         if isinstance(self.energy, Homogeneous):
             return self._likelihood_loss(self.energy, example.target.abs(), generator)
         x = example.target
-        lo, hi = (math.log(level) for level in self.levels)
+        energy, levels = (self.energy, self.levels) if self.coarse is None else (self.coarse, self.rough.levels)
+        if self.coarse is not None and not bool(self.usual.any()):
+            raise errors.BadOption("the energy that it stands beside was not trained", key="coarse", help="give a start")
+        lo, hi = (math.log(level) for level in levels)
         place = torch.rand((), generator=generator) + torch.arange(len(x)) / len(x)
         place = (place % 1).to(x.device)
         sigma = (lo + (hi - lo) * place).exp()
         noise = torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) * sigma[:, None, None]
-        value, gradient = self.energy.value_and_gradient(x + noise, sigma)
-        error = (noise - gradient).abs().square().sum((1, 2)) / noise.abs().square().sum((1, 2))
+        value, gradient = energy.value_and_gradient(x + _coloured(energy, noise), sigma)
+        error = (noise - _coloured(energy, gradient)).abs().square().sum((1, 2)) / noise.abs().square().sum((1, 2))
         error = (error + 1e-4).log()
-        if self.training:
-            energy = (value / (sigma.double().square() * x[0].numel())).detach().clamp(min=1e-12).log()
-            seen = torch.stack((energy, energy.square())).to(self.usual.dtype)
+        if self.training and self.coarse is None:
+            usual = (value / (sigma.double().square() * x[0].numel())).detach().clamp(min=1e-12).log()
+            seen = torch.stack((usual, usual.square())).to(self.usual.dtype)
             for k, row in zip((place * _BINS).long().clamp(max=_BINS - 1), seen.T, strict=True):
                 self.usual[:, k].lerp_(row, 0.01)
         return error.mean()
@@ -786,6 +852,21 @@ class Generative(Reconstructor):
             self.balance.copy_(now if int(self.updates) == 1 else self.balance.lerp(now.to(self.balance), 0.05))
         return (data - chains).float()
 
+    def start_from(self, trained: Generative) -> None:
+        """Take over what is trained; a coarse energy that has not been begins at the other one.
+
+        Raises:
+            BadOption: networks of other shapes.
+        """
+        found = trained.state_dict()
+        if self.coarse is not None and trained.coarse is None:
+            found |= {f"coarse.{name}": value for name, value in trained.energy.state_dict().items()}
+        if {k: v.shape for k, v in self.state_dict().items()} != {k: v.shape for k, v in found.items()}:
+            raise errors.BadOption("those weights are of other networks", key="start", help="the same energy.widths")
+        self.load_state_dict(found)
+        if self.coarse is not None:  # the image's own grid decides which images it is for
+            self.trained = self.arguments["trained"] = trained.trained
+
     def notes(self) -> dict[str, float]:
         """Of training by likelihood: R of images and of chains over n T; both come to one in equilibrium."""
         if not isinstance(self.energy, Homogeneous):
@@ -795,13 +876,26 @@ class Generative(Reconstructor):
 
 @dataclass(eq=False)
 class _Grid:
-    """One that the way down takes for σ `above`: what A and the data are there, and white noise over that on the finest."""
+    """One that the way down takes for σ `above`: what energy, A and data are there, and white noise over that on the finest."""
 
     shape: tuple[int, int]
     above: float
     scale: float
+    energy: Any
     A: LinearOperator
     data: Callable[[Tensor], Tensor]
+
+
+def _coloured(energy: Any, x: Tensor) -> Tensor:
+    """S^½ x for an energy of images with coloured noise, x for one of white."""
+    return energy.colour(x) if isinstance(energy, Coloured) else x
+
+
+def _range(levels: Sequence[float], name: str) -> tuple[float, float]:
+    lo, hi = levels
+    if not 0 < lo < hi < math.inf:
+        raise errors.BadOption(f"found {list(levels)}, expected 0 < lo < hi", key=name)
+    return float(lo), float(hi)
 
 
 def _sum_of_squares(z: Tensor, A: LinearOperator) -> tuple[float, float]:
