@@ -464,7 +464,12 @@ def test_a_batch_depends_on_step_and_rank_and_on_nothing_else():
 
 def test_sizes_come_in_turn_with_as_many_pixels():
     draw = sampler(batch=4, size=32, sizes=[32, 16, 64])
-    assert [tuple(draw(step).target.shape) for step in range(4)] == [(4, 32, 32), (16, 16, 16), (1, 64, 64), (4, 32, 32)]
+    assert [tuple(draw(step).target.shape) for step in range(4)] == [
+        (4, 32, 32),
+        (16, 16, 16),
+        (1, 64, 64),
+        (4, 32, 32),
+    ]
     assert torch.equal(draw(3, 1).target, sampler(batch=4)(3, 1).target)
     assert draw.domain["size"] == [8, 256]
     assert draw.domain["acceleration"] == sampler().domain["acceleration"]

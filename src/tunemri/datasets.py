@@ -248,7 +248,8 @@ class Sampler:
         if self.size < 16:
             raise errors.BadOption(f"found {self.size}, expected at least 16", key="data.size")
         others = [
-            replace(self, size=n, sizes=(), batch=max(1, round(self.batch * (self.size / max(1, n)) ** 2))) for n in self.sizes
+            replace(self, size=n, sizes=(), batch=max(1, round(self.batch * (self.size / max(1, n)) ** 2)))
+            for n in self.sizes
         ]
         object.__setattr__(self, "_others", others)
         generator = torch.Generator().manual_seed(self.seed)

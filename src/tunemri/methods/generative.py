@@ -6,8 +6,9 @@
 images. x ↦ D(x, σ) = x − ∇E(x, σ) removes noise of that level, so −2∇E/σ² is the score of images with that noise.
 
 The mode is sought on a way down through the levels, with a little fresh noise at each, on grids as coarse as the noise
-allows, and then descended to with a certificate. Each draw goes the same way with more noise, its own, from data with noise
-of their own.
+allows, and then descended to with a certificate. What white noise hides too little of for D to learn, low frequencies, may have
+an energy of their own, of images with coloured noise: on coarser grids, and below its corner on that of the image. Each draw
+goes the same way with more noise, its own, from data with noise of their own.
 
 Sources: M. Zach, F. Knoll, T. Pock, "Stable deep MRI reconstruction using generative priors" (2023), for the system;
 P. Vincent, "A connection between score matching and denoising autoencoders" (2011), for the training of our energy;
@@ -229,13 +230,21 @@ class _Rough:
     levels: tuple[float, float] = (0.008, 1.0)
     start: float = 0.5
     noise: float = 0.7
+    below: float = 0.45
     inertia: int = 4
     starts: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", _range(self.levels, "coarse.levels"))
-        if not 0 < self.start < math.inf or not 0 <= self.noise < math.inf or self.inertia < 0 or self.starts < 1:
-            raise errors.BadOption(f"found {self}, expected start > 0, noise and inertia ≥ 0, starts ≥ 1", key="coarse")
+        if (
+            not 0 < self.start < math.inf
+            or not 0 <= min(self.noise, self.below) < math.inf
+            or self.inertia < 0
+            or self.starts < 1
+        ):
+            raise errors.BadOption(
+                f"found {self}, expected start > 0, noise, below and inertia ≥ 0, starts ≥ 1", key="coarse"
+            )
 
 
 class Generative(Reconstructor):
@@ -245,8 +254,9 @@ class Generative(Reconstructor):
         energy: `name` in `networks.energy.ENERGIES`, by default "unet", and its arguments.
         levels: (lo, hi) of σ in training, over the scale of the image (see `scan.normalise`).
         coarse: of another energy for grids coarser than the image's and for low frequencies, `networks.energy.Coloured`: its
-            arguments, its own `levels`, and of the way down on such grids `start`, `noise` and `inertia`, see `Mode`, and `starts`, ways
-            of which the one of the lowest energy goes on. Training then fits it alone. None: the same energy for all grids.
+            arguments, its own `levels`, and of the way down on such grids `start`, `noise` and `inertia`, see `Mode`; `below`, that
+            noise where it sees to low frequencies of the image's grid; `starts`, of which the one of the lowest energy goes on, of
+            half as many where draws are made. Training then fits it alone. None: the same energy for all grids.
         mode, draws: how to find the mode and how to draw, see `Mode` and `Draws`.
         likelihood: how to train the paper's energy, see `Likelihood`.
         real: images are real and not negative, as magnitude images are and as the paper assumes; posterior samples, whose
@@ -432,7 +442,8 @@ class Generative(Reconstructor):
         ends = len(levels) if descents else ends
         # Every mode meets the same noise and the same views, on every device.
         generator = torch.Generator().manual_seed(0)
-        x = self._down(x, z, grids, levels[:-ends], nu, plan.noise, plan.inner, generator)
+        starts = 1 if self.coarse is None else self.rough.starts
+        x = self._down(x, z, grids, levels[:-ends], nu, plan.noise, plan.inner, generator, starts)
         short: float | Tensor = 1.0 if descents else _SHORT
         for sigma in levels[-ends:]:
             moved = None
@@ -458,7 +469,7 @@ class Generative(Reconstructor):
 
     def _down(
         self, x: Tensor, z: Tensor, grids: Sequence[_Grid], levels: Sequence[float], nu: float, noise: float, inner: int,
-        generator: torch.Generator,
+        generator: torch.Generator, starts: int = 1,
     ) -> Tensor:  # fmt: skip
         """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level.
 
@@ -468,10 +479,10 @@ class Generative(Reconstructor):
         low, k, count = None, 0, len(x)
         if self.coarse is not None and len(grids) > 1 and levels:
             low, sigma = next((g for g in grids[:0:-1] if min(g.shape) >= _LOW), grids[-1]), levels[0]
-            x, z = (u.repeat_interleave(self.rough.starts, 0) for u in (x, z.expand(count, *z.shape[1:])))
+            x, z = (u.repeat_interleave(starts, 0) for u in (x, z.expand(count, *z.shape[1:])))
         for grid, stage in itertools.groupby(levels, lambda sigma: next(g for g in grids[::-1] if sigma > g.above)):
             if low is not None and len(x) > count and grid.scale > low.scale:
-                x, z = self._chosen(x, low, sigma), z[:: self.rough.starts]
+                x, z = self._chosen(x, low, sigma, count), z[::starts]
             x = before = x if x.shape[-2:] == grid.shape else resized(x, grid.shape)
             prox = self._closest(grid.A, grid.A.H(grid.data(z)), inner)
             coloured = isinstance(grid.energy, Coloured)
@@ -480,14 +491,14 @@ class Generative(Reconstructor):
                 beta = min(k, longest) / (min(k, longest) + 3)
                 fresh = _coloured(grid.energy, _white(x, generator))
                 v = x + beta * (x - before) + share * grid.scale * sigma * fresh
-                clean = v - self._taken(v, grid, low, sigma, _view(generator))
+                clean = v - self._taken(v, grid, low, sigma, generator)
                 x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
                 k += 1
         if low is not None and len(x) > count:
-            x = self._chosen(x, low, sigma)
+            x = self._chosen(x, low, sigma, count)
         return x if x.shape[-2:] == grids[0].shape else resized(x, grids[0].shape)
 
-    def _chosen(self, x: Tensor, low: _Grid, sigma: float) -> Tensor:
+    def _chosen(self, x: Tensor, low: _Grid, sigma: float, count: int) -> Tensor:
         """Of images that began alike the one with the lowest coarse energy.
 
         Some end where prior and data hardly agree, where the centre of k-space is missing far too bright. Next to such differences
@@ -497,8 +508,8 @@ class Generative(Reconstructor):
         y, s = x if x.shape[-2:] == low.shape else resized(x, low.shape), low.scale * sigma
         noise = self.coarse.colour(_white(y[:1], torch.Generator().manual_seed(0)))
         with torch.no_grad():
-            best = self.coarse(y + s * noise, _row(s, y)).view(-1, self.rough.starts).argmin(1)
-        return x.view(-1, self.rough.starts, *x.shape[1:])[torch.arange(len(best)), best]
+            best = self.coarse(y + s * noise, _row(s, y)).view(count, -1).argmin(1)
+        return x.view(count, -1, *x.shape[1:])[torch.arange(count), best]
 
     def _grids(self, z: Tensor, A: LinearOperator, nu: float, full: tuple[int, int]) -> list[_Grid]:
         """That of the image and those with half, a quarter, … as many points each way, as far as A knows them.
@@ -529,14 +540,18 @@ class Generative(Reconstructor):
         """The zero-filled image."""
         return _real(A.H(z)) if self.real else A.H(z)
 
-    def _taken(self, v: Tensor, grid: _Grid, low: _Grid | None, sigma: float, view: tuple[int, int, int]) -> Tensor:
-        """What D takes away of v in one view: of low frequencies, where there is a coarse energy, what that one does on its grid."""
+    def _taken(self, v: Tensor, grid: _Grid, low: _Grid | None, sigma: float, generator: torch.Generator) -> Tensor:
+        """What D takes away of v, seen anew: of low frequencies, where there is a coarse energy, what that one does on its grid."""
+        view = _view(generator)
         fine = _back(self._removed(_seen(v, view), grid.scale * sigma, grid.energy), view)
-        if low is None or isinstance(grid.energy, Coloured) or low is grid or low.scale * sigma < self.rough.levels[0] / 2:
+        # At half of the lowest level of its training it still knows more than the other one does.
+        if low is None or isinstance(grid.energy, Coloured) or low.scale * sigma < self.rough.levels[0] / 2:
             return fine
         assert self.coarse is not None
-        small = self._removed(_seen(resized(v, low.shape), view), low.scale * sigma, self.coarse)
-        return fine + self.coarse.below(resized(_back(small, view), grid.shape) - fine)
+        small = resized(v, low.shape)
+        fresh = self.rough.below * low.scale * sigma * self.coarse.colour(_white(small, generator))
+        small = _back(self._removed(_seen(small + fresh, view), low.scale * sigma, self.coarse), view) - fresh
+        return fine + self.coarse.below(resized(small, grid.shape) - fine)
 
     def _removed(self, x: Tensor, sigma: float, energy: Energy | None = None) -> Tensor:
         """∇E(x, σ), what D takes away (S ∇E, if noise is coloured): around no pixel much more than there is noise.
@@ -723,11 +738,12 @@ class Generative(Reconstructor):
             if not isinstance(self.energy, Homogeneous):
                 grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
                 levels = self._levels(grids, nu, self.mode.levels)
+                starts = 1 if self.coarse is None else (self.rough.starts + 1) // 2
 
                 def move(k: int, x: Tensor) -> tuple[Tensor, None]:
                     data = other()
                     return self._down(
-                        begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator
+                        begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator, starts
                     ), None
 
                 return solvers.markov(move, b.expand(plan.chains, *b.shape[1:]), **common)
@@ -796,7 +812,9 @@ class Generative(Reconstructor):
         x = example.target
         energy, levels = (self.energy, self.levels) if self.coarse is None else (self.coarse, self.rough.levels)
         if self.coarse is not None and not bool(self.usual.any()):
-            raise errors.BadOption("the energy that it stands beside was not trained", key="coarse", help="give a start")
+            raise errors.BadOption(
+                "the energy that it stands beside was not trained", key="coarse", help="give a start"
+            )
         lo, hi = (math.log(level) for level in levels)
         place = torch.rand((), generator=generator) + torch.arange(len(x)) / len(x)
         place = (place % 1).to(x.device)
@@ -865,7 +883,8 @@ class Generative(Reconstructor):
             raise errors.BadOption("those weights are of other networks", key="start", help="the same energy.widths")
         self.load_state_dict(found)
         if self.coarse is not None:  # the image's own grid decides which images it is for
-            self.trained = self.arguments["trained"] = trained.trained
+            self.trained = dict(trained.trained)
+            self.arguments = {**self.arguments, "trained": self.trained}
 
     def notes(self) -> dict[str, float]:
         """Of training by likelihood: R of images and of chains over n T; both come to one in equilibrium."""
