@@ -139,24 +139,13 @@ def test_noise_without_colour_makes_no_difference(coils):
         {"mode": {"rough": 6, "way": 0}, "precision": "float32"},
     )
     A, plain = encoding(s), build(**common)
-    alike = {
-        "widths": [4, 6],
-        "levels": plain.levels,
-        "start": 1.0,
-        "noise": 0.25,
-        "below": 0,
-        "inertia": 15,
-        "starts": 1,
-    }
-    plain.draws = dataclasses.replace(plain.draws, noise=0.25)
-    models = [plain, *(build(**common, draws=vars(plain.draws), coarse=alike | {"corner": c}) for c in (1e-4, 6.0))]
+    alike = {"widths": [4, 6], "levels": plain.levels, "start": 1.0, "noise": 0.25, "inertia": 15, "starts": 1}
+    models = [plain, *(build(**common, coarse=alike | {"corner": corner}) for corner in (1e-4, 6.0))]
     for model in models[1:]:
         model.start_from(plain)
-    images = [model(s.kspace, A, noise=0.01).image for model in models]
-    means = [model.posterior(s.kspace, A, noise=0.01, seed=0).moments.mean for model in models]
-    for plainly, white, coloured in (images, means):
-        assert relative(white, plainly) < 0.02, "but for the mean of the image, which stands below every corner"
-        assert relative(coloured, plainly) > 0.04
+    plainly, white, coloured = (model(s.kspace, A, noise=0.01).image for model in models)
+    assert relative(white, plainly) < 1e-3
+    assert relative(coloured, plainly) > 0.02
 
 
 def test_of_several_ways_down_the_one_of_the_lowest_energy_goes_on():

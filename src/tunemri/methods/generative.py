@@ -230,7 +230,7 @@ class _Rough:
     levels: tuple[float, float] = (0.008, 1.0)
     start: float = 0.5
     noise: float = 0.7
-    below: float = 0.45
+    below: float = 0.25
     inertia: int = 4
     starts: int = 4
 
