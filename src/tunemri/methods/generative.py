@@ -308,9 +308,9 @@ class Generative(Reconstructor):
             # R of images and of chains, over what it is in equilibrium: n T with n pixels.
             self.register_buffer("balance", torch.zeros(2))
         self.coarse: Coloured | None = None
+        spec = dict(coarse or {})
+        self.rough: _Rough = made(_Rough, "coarse", {key: spec.pop(key) for key in vars(_Rough()) if key in spec})
         if coarse is not None:
-            spec = dict(coarse)
-            self.rough = made(_Rough, "coarse", {key: spec.pop(key) for key in vars(_Rough()) if key in spec})
             if isinstance(self.energy, Homogeneous):
                 raise errors.BadOption(f"found one beside {name!r}, which knows one level", key="coarse")
             self.coarse = made(Coloured, "coarse", spec)
@@ -442,8 +442,7 @@ class Generative(Reconstructor):
         ends = len(levels) if descents else ends
         # Every mode meets the same noise and the same views, on every device.
         generator = torch.Generator().manual_seed(0)
-        starts = 1 if self.coarse is None else self.rough.starts
-        x = self._down(x, z, grids, levels[:-ends], nu, plan.noise, plan.inner, generator, starts)
+        x = self._down(x, z, grids, levels[:-ends], nu, plan.noise, plan.inner, generator, self.rough.starts)
         short: float | Tensor = 1.0 if descents else _SHORT
         for sigma in levels[-ends:]:
             moved = None
@@ -469,12 +468,12 @@ class Generative(Reconstructor):
 
     def _down(
         self, x: Tensor, z: Tensor, grids: Sequence[_Grid], levels: Sequence[float], nu: float, noise: float, inner: int,
-        generator: torch.Generator, starts: int = 1,
+        generator: torch.Generator, starts: int,
     ) -> Tensor:  # fmt: skip
         """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level.
 
         Where noise hides whatever is finer, on a coarser grid: D sees further there, so gaps in the data fill from further
-        away, and a step costs a fraction.
+        away, and a step costs a fraction. With a coarse energy `starts` ways are gone on such grids, as far as that of low frequencies.
         """
         low, k, count = None, 0, len(x)
         if self.coarse is not None and len(grids) > 1 and levels:
@@ -738,7 +737,7 @@ class Generative(Reconstructor):
             if not isinstance(self.energy, Homogeneous):
                 grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
                 levels = self._levels(grids, nu, self.mode.levels)
-                starts = 1 if self.coarse is None else (self.rough.starts + 1) // 2
+                starts = (self.rough.starts + 1) // 2
 
                 def move(k: int, x: Tensor) -> tuple[Tensor, None]:
                     data = other()
