@@ -468,12 +468,13 @@ class Generative(Reconstructor):
 
     def _down(
         self, x: Tensor, z: Tensor, grids: Sequence[_Grid], levels: Sequence[float], nu: float, noise: float, inner: int,
-        generator: torch.Generator, starts: int,
+        generator: torch.Generator, starts: int, quiet: bool = False,
     ) -> Tensor:  # fmt: skip
         """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level.
 
         Where noise hides whatever is finer, on a coarser grid: D sees further there, so gaps in the data fill from further
         away, and a step costs a fraction. With a coarse energy `starts` ways are gone on such grids, as far as that of low frequencies.
+        quiet: no fresh noise on the low frequencies that it sees to on the grid of the image: what it is shown there has its own.
         """
         low, k, count = None, 0, len(x)
         if self.coarse is not None and len(grids) > 1 and levels:
@@ -489,6 +490,8 @@ class Generative(Reconstructor):
             for sigma in stage:
                 beta = min(k, longest) / (min(k, longest) + 3)
                 fresh = _coloured(grid.energy, _white(x, generator))
+                if quiet and self.coarse is not None and low is not None and not coloured:
+                    fresh = fresh - self.coarse.below(fresh)
                 v = x + beta * (x - before) + share * grid.scale * sigma * fresh
                 clean = v - self._taken(v, grid, low, sigma, generator)
                 x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
@@ -741,9 +744,10 @@ class Generative(Reconstructor):
 
                 def move(k: int, x: Tensor) -> tuple[Tensor, None]:
                     data = other()
-                    return self._down(
-                        begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator, starts
-                    ), None
+                    down = self._down(
+                        begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator, starts, quiet=True
+                    )
+                    return down, None
 
                 return solvers.markov(move, b.expand(plan.chains, *b.shape[1:]), **common)
             data = other()
