@@ -11,8 +11,10 @@ import scipy.sparse
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from laws import SHAPES, inner, random, relative, scan
+from tunemri import coils
 from tunemri.coils import (
     MAPS,
     auto_maps,
@@ -70,12 +72,15 @@ def test_maps_agree_with_the_true_ones(name: str, mask: str, shape: tuple[int, i
 @pytest.mark.parametrize("name", METHODS)
 def test_slices_are_independent_and_scale_cancels(name: str) -> None:
     shape = (32, 24)
-    scan, _ = simulate(torch.stack((phantom(shape), phantom(shape, seed=1))), mask=make_mask("gaussian", shape, 3))
+    scan, truth = simulate(torch.stack((phantom(shape), phantom(shape, seed=1))), mask=make_mask("gaussian", shape, 3))
     assert scan.mask is not None
     both = MAPS[name](scan.kspace, scan.mask)
     alone = MAPS[name](scan.kspace[1:], scan.mask)
     assert torch.allclose(both[1:], alone, atol=1e-5)
-    assert torch.allclose(MAPS[name](scan.kspace * 1e-12, scan.mask), both, atol=1e-4)
+    assert torch.allclose(MAPS[name](scan.kspace * 2**-40, scan.mask), both, atol=1e-6), "nothing is rounded"
+    scaled = MAPS[name](scan.kspace * 1e-12, scan.mask)
+    assert torch.allclose(scaled, both, atol=1e-2), "in the dark, where a map is what is left of nothing"
+    assert torch.allclose(truth[:, None] * scaled, truth[:, None] * both, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -152,6 +157,20 @@ def test_inversion_finds_maps_where_no_centre_is_complete(family: str, options: 
         left
     )
     assert left["nlinv"] < 0.1
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (71, 90)], ids=str)
+def test_inversion_knows_objects_that_reach_the_edge(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    x = 0.5 + interpolate(blobs, shape, mode="bicubic")[0]
+    true, target = simulate(
+        x, mask=make_mask("gaussian", shape, 3, calibration=0), coils=6, noise=0.003, store_maps=True
+    )
+    assert true.csm is not None and true.mask is not None
+    images = true.csm * target[:, None]
+    left = unexplained(images, nlinv_maps(true.kspace, true.mask))
+    monkeypatch.setattr(coils, "_FIELD", 1.0)
+    assert left < 0.5 * unexplained(images, nlinv_maps(true.kspace, true.mask)), "with periodic maps"
 
 
 def test_each_slice_gets_maps_by_what_its_own_centre_allows() -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from laws import lines, random, relative, scan
-from tunemri import cli, console, errors, formats, trajectories, tuning
+from tunemri import cli, coils, console, errors, formats, trajectories, tuning
 from tunemri.coils import low_resolution_maps
 from tunemri.datasets import Example
 from tunemri.fourier import fft2, ifft2, pad, resized
+from tunemri.masks import make_mask
 from tunemri.methods import card, generative, load, prepare, reconstruct, save
 from tunemri.methods.generative import PRESETS, Generative, Likelihood, Regression, noise_level, power
 from tunemri.networks.energy import Coloured, Energy, Homogeneous
@@ -538,6 +539,79 @@ def test_samples_spread_as_the_variance_says():
     assert float(spread.mean()) == pytest.approx(float(out.variance.mean()), rel=0.15)
 
 
+def several(noise: float, shape: tuple[int, int] = (64, 60), off_grid: bool = False):
+    """Normalised data of four coils, their operator with estimated maps, the image and the true maps."""
+    sampling = make_mask("radial-golden", shape, 5) if off_grid else make_mask("gaussian", shape, 3, calibration=0)
+    one, target = simulate(phantom(shape)[None], mask=sampling, coils=4, noise=noise, store_maps=True)
+    true = one.csm
+    found = normalise(prepare(dataclasses.replace(one, csm=None)))
+    A, y = encoding(found).preconditioned(found.kspace)
+    return y, A, (target / found.scale[:, None, None]).to(A.csm), true
+
+
+def unlike(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> float:
+    """Share of the coil images of x and maps a that maps b leave unexplained."""
+    w = x.abs().square()
+    return float(((1 - (a.conj() * b).sum(1).abs().square()) * w).sum() / w.sum())
+
+
+@pytest.mark.parametrize("off_grid", [False, True])
+def test_other_maps_are_about_as_far_away_as_the_true_ones(off_grid):
+    y, A, x, true = several(0.01, off_grid=off_grid)
+    model, generator = build(), torch.Generator().manual_seed(0)
+    nu = noise_level(y, A)
+    grids = model._grids(y, A, nu, (64, 60))
+    others = [model._other_maps(x, grids[-1], A, nu, generator) for _ in range(6)]
+    far = [unlike(A.csm, c, x) for c in others]
+    assert 0.1 < sum(far) / 6 / unlike(A.csm, true, x) < 10
+    for c in others:
+        torch.testing.assert_close(c.abs().square().sum(1), torch.ones(1, 64, 60), rtol=0, atol=1e-5)
+        along = (A.csm.conj() * c).sum(1)
+        torch.testing.assert_close(along, along.abs().to(along.dtype), rtol=0, atol=1e-5, msg="no phase of its own")
+    quiet = [model._other_maps(x, grids[-1], A, nu / 10, generator) for _ in range(6)]
+    assert sum(unlike(A.csm, c, x) for c in quiet) < 0.5 * sum(far), "data with less noise leave less open"
+
+
+def test_other_maps_have_the_covariance_of_least_squares():
+    """Against the inverse of the normal matrix, written out."""
+    shape = (8, 6)
+    csm = random((1, 2, *shape), torch.complex64)
+    csm = csm / csm.abs().square().sum(1, keepdim=True).sqrt()
+    A, x, nu = Cartesian(lines(shape, 2), csm), random((1, *shape), seed=1), 0.5
+    model, generator = build(), torch.Generator().manual_seed(0)
+    grid = generative._Grid(shape, 0.0, 1.0, model.energy, A, lambda y: y)
+    P, Q, W = coils.map_series(shape)
+    n = len(W) ** 2
+    E = torch.einsum("hk,lw->hwkl", P, Q).reshape(-1, n) / W.flatten() / (1 / W).norm() / math.sqrt(2)
+    c = csm[0].flatten(1).T.to(E.dtype)  # pixels, coils
+    across = torch.eye(2) - c[:, :, None] * c[:, None, :].conj()  # a projection in every pixel
+    D = torch.einsum("pij,pk->pijk", across, E).movedim(1, 0).reshape(2 * len(c), 2 * n)  # coils × pixels, of j and k
+    J = torch.cat(
+        (generative._DETAIL * torch.cat([torch.diag(c[:, i]) for i in range(2)]), x.flatten().repeat(2)[:, None] * D), 1
+    )
+    pixels = len(c)
+    F_ = torch.stack([fft2(e.view(shape)).flatten() for e in torch.eye(pixels, dtype=E.dtype)], 1)
+    M = lines(shape, 2).flatten().to(E.dtype)[:, None] * F_
+    J = torch.block_diag(M, M) @ J / nu
+    whole = torch.linalg.inv(torch.eye(J.shape[1]) + J.mH @ J)
+    expected = (D @ whole[pixels:, pixels:] @ D.mH).diagonal().real.view(2, *shape)
+    draws = torch.cat([model._other_maps(x, grid, A, nu, generator) for _ in range(600)])
+    along = (csm.conj() * draws).sum(1, keepdim=True)
+    found = (draws / along - csm).abs().square().mean(0)  # what was added, before the norm was made one again
+    assert relative(found, expected.float()) < 0.2
+
+
+def test_maps_of_their_own_widen_the_draws_and_a_seed_says_it_all():
+    y, A, _, _ = several(0.02)
+    model = build(draws={"chains": 2, "samples": 6, "seed": 3})
+    own, again = (model.posterior(y, A) for _ in range(2))
+    assert torch.equal(own.last, again.last)
+    fixed = model.posterior(y, A, maps="fixed")
+    assert not torch.equal(own.last, fixed.last)
+    with pytest.raises(errors.BadOption, match="fixed or resampled"):
+        build(draws={"maps": "none"})
+
+
 @pytest.mark.parametrize("shape", [(1, 12, 9), (2, 8, 8)])
 @pytest.mark.parametrize("ways", range(8))
 def test_a_view_comes_back(shape, ways):
@@ -635,11 +709,11 @@ def test_a_heavier_prior_gives_an_image_of_less_energy():
 def test_maps_are_found_with_the_image():
     """Better maps than it began with, and no accepted step uphill."""
     s = scan((24, 26), coils=4, every=2)
-    rough = dataclasses.replace(s, csm=None)
+    start = low_resolution_maps(s.kspace, s.mask)
+    rough = dataclasses.replace(s, csm=start)
     model = gaussian(0.5, mode={"levels": 6, "steps": 8, "map_steps": 20, "mu": 0.1})
-    start = prepare(rough, csm="joint").csm
     out = reconstruct(rough, model, csm="joint")
-    fixed = reconstruct(rough, model, csm="auto")
+    fixed = reconstruct(rough, model)
     assert out.csm is not None and out.csm.shape == (1, 4, 24, 26)
     torch.testing.assert_close(out.csm.abs().square().sum(1), torch.ones(1, 24, 26))
     assert not torch.equal(out.csm, start)

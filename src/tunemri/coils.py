@@ -30,6 +30,7 @@ __all__ = [
     "estimate_covariance",
     "joint_gradients",
     "low_resolution_maps",
+    "map_series",
     "nlinv_maps",
     "narrow_centre",
     "noise_covariance",
@@ -47,6 +48,8 @@ _LEAST = 6  # side of the smallest block worth calling a calibration
 _GRID = 96  # points per axis on which ESPIRiT's matrices are decomposed: nine times what their 11×11 terms need
 _CENTRE = 64  # samples per axis from which nonlinear inversion finds maps of a few cycles
 _WIDTH = 5.0  # of the weights of these cycles, which fall to 1/256 there
+_FIELD = 1.25  # fields of view that maps are periodic over: objects may reach the edge, and coils on both sides differ
+_ORDER = 12  # of the Fourier series of maps over these
 _STEPS = 17  # of Gauss and Newton
 _CALIBRATION = 24  # side of the block that ESPIRiT looks at
 _ENOUGH = 12  # lines of a complete block: with fewer, ESPIRiT's kernel shrinks to what knows little of the coils
@@ -173,10 +176,10 @@ def espirit_maps(
 def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = _STEPS) -> Tensor:
     """Maps that explain the samples together with an image: regularised nonlinear inversion.
 
-        min ‖M F(ρ c_j) - y_j‖² + αₙ (‖ρ‖² + Σ_j ‖W F c_j‖²),    W = (1 + |k|²/5²)⁸,    αₙ = 2⁻ⁿ
+        min ‖M F(ρ c_j) - y_j‖² + αₙ (‖ρ‖² + Σ_j ‖W g_j‖²),    c_j = P g_j Q,    αₙ = 2⁻ⁿ
 
-    in steps of Gauss and Newton from ρ = 1 and c = 0, with k in cycles over the field of view and y scaled to a norm of
-    100. W leaves the maps a few cycles, so that samples far from the centre can tell them from the image. That needs
+    in steps of Gauss and Newton from ρ = 1 and c = 0, with y scaled to a norm of 100; P, Q and W as in `map_series`
+    leave the maps a few cycles, so that samples far from the centre can tell them from the image. That needs
     no complete block: where ESPIRiT has a few lines or none, these maps are far better.
 
     Maps so smooth are found from the central 64×64 samples, whatever the size of the image; the cost grows with the coils.
@@ -199,8 +202,9 @@ def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = _STEPS) -> Tensor:
         raise errors.BadOption(f"found {steps}, expected a whole number ≥ 1", key="steps")
     shape = (kspace.shape[-2], kspace.shape[-1])
     sampled = mask.expand(len(kspace), 1, *shape)
-    spectra = [fft2(_inverted(y, m, steps)[1]) for y, m in zip(kspace, sampled, strict=True)]
-    return _unit(ifft2(fourier.pad(torch.stack(spectra), shape)).to(kspace.dtype))
+    series = [_inverted(y, m, steps)[1] for y, m in zip(kspace, sampled, strict=True)]
+    rows, columns, _ = map_series(shape, kspace.device)
+    return _unit((rows @ torch.stack(series) @ columns).to(kspace.dtype))
 
 
 def completed_maps(kspace: Tensor, mask: Tensor) -> Tensor:
@@ -216,8 +220,9 @@ def completed_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     side = (min(_CALIBRATION, shape[0]), min(_CALIBRATION, shape[1]))
     blocks = []
     for y, m in zip(kspace, mask.expand(len(kspace), 1, *shape), strict=True):
-        rho, c = _inverted(y, m)
-        guess = fourier.crop(fft2(rho * c), side).to(y)
+        rho, series = _inverted(y, m)
+        rows, columns, _ = map_series((rho.shape[-2], rho.shape[-1]), y.device)
+        guess = fourier.crop(fft2(rho * (rows @ series @ columns)), side).to(y)
         blocks.append(torch.where(fourier.crop(m, side) > 0, fourier.crop(y, side), guess))
     known = fourier.pad(torch.ones(1, 1, *side, device=mask.device), shape)
     return espirit_maps(fourier.pad(torch.stack(blocks), shape), known, calibration=_CALIBRATION)
@@ -321,6 +326,29 @@ def thinly_sampled(mask: Tensor, shape: tuple[int, int]) -> bool:
         if min(float(q.double().mean()) for rows in centre.split(8) for q in rows.split(8, 1)) < 0.15:
             return True
     return False
+
+
+def map_series(shape: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, Q, W) of maps P g Q that are smooth, and their weights: a few cycles over 5/4 of the field of view.
+
+        ‖W g‖²,    W = (1 + |k|²/5²)⁸,    k in cycles over the field of view
+
+    Over the field itself they would be periodic, and coils on two sides of an object that reaches both edges are not alike.
+
+    Arguments:
+        shape: `(H, W)` of the image, its origin at N // 2.
+
+    Returns:
+        complex128 `(H, n)` and `(n, W)`, double `(n, n)`.
+    """
+    order = torch.arange(2 * _ORDER + 1, device=device) - _ORDER
+
+    def waves(size: int) -> Tensor:
+        place = torch.arange(size, device=device) - size // 2
+        return torch.exp(2j * torch.pi * (place[:, None] * order).double() / (size * _FIELD))
+
+    k = (order.double() / _FIELD).square()
+    return waves(shape[0]), waves(shape[1]).T, (1 + (k[:, None] + k) / _WIDTH**2).pow(8)
 
 
 def roughness(maps: Tensor) -> Tensor:
@@ -640,7 +668,7 @@ def _espirit(
 
 
 def _inverted(y: Tensor, mask: Tensor, steps: int = _STEPS) -> tuple[Tensor, Tensor]:
-    """ρ `(1, h, w)` and c `(C, h, w)` of the central samples of one slice, by nonlinear inversion.
+    """ρ `(1, h, w)` of the central samples of one slice and the series of c `(C, n, n)`, by nonlinear inversion.
 
     In double precision, for seventeen steps of a few conjugate gradients each make much of rounding.
     """
@@ -648,30 +676,46 @@ def _inverted(y: Tensor, mask: Tensor, steps: int = _STEPS) -> tuple[Tensor, Ten
     there, back = (-(grid[0] // 2), -(grid[1] // 2)), (grid[0] // 2, grid[1] // 2)  # index 0 is the origin in between
     y = fourier.crop(y, grid).roll(there, (-2, -1)).to(torch.complex128)
     mask = fourier.crop(mask, grid).roll(there, (-2, -1)).double()
-    rows, columns = ((torch.arange(n, device=y.device) - n // 2).square().double() for n in grid)
-    W = (1 + (rows[:, None] + columns) / _WIDTH**2).pow(8).roll(there, (-2, -1))
+    rows, columns, W = map_series(grid, y.device)
+    rows, columns = rows.roll(there[0], 0), columns.roll(there[1], 1)
+    W = W * math.sqrt(math.prod(grid))
+
+    def spread(g: Tensor) -> Tensor:
+        return rows @ (g / W) @ columns
+
+    def gathered(c: Tensor) -> Tensor:
+        return rows.mH @ c @ columns.mH / W
+
     scale = torch.linalg.vector_norm(y).clamp(min=torch.finfo(torch.float32).tiny) / 100
     y = y / scale
 
-    def step(u: Tensor, alpha: float) -> Tensor:
-        """u and what Gauss and Newton add to it; u holds ρ, and W F c_j below it."""
-        rho, c = u[:1], fourier.ifft2_raw(u[1:] / W)
+    def step(u: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor]:
+        """u and what Gauss and Newton add to it."""
+        rho, g = u
+        c = spread(g)
 
-        def adjoint(r: Tensor) -> Tensor:
+        def adjoint(r: Tensor) -> tuple[Tensor, Tensor]:
             x = fourier.ifft2_raw(r)
-            return torch.cat(((c.conj() * x).sum(0, keepdim=True), fourier.fft2_raw(rho.conj() * x) / W))
+            return (c.conj() * x).sum(0, keepdim=True), gathered(rho.conj() * x)
+
+        def packed(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat((a.flatten(), b.flatten()))[None]
+
+        def parts(d: Tensor) -> tuple[Tensor, Tensor]:
+            return d[0, : rho.numel()].view_as(rho), d[0, rho.numel() :].view_as(g)
 
         def normal(d: Tensor) -> Tensor:
-            change = c * d[0, :1] + rho * fourier.ifft2_raw(d[0, 1:] / W)
-            return (adjoint(mask * fourier.fft2_raw(change)) + alpha * d[0])[None]
+            a, b = parts(d)
+            return packed(*adjoint(mask * fourier.fft2_raw(c * a + rho * spread(b)))) + alpha * d
 
-        right = adjoint(y - mask * fourier.fft2_raw(rho * c)) - alpha * u
-        return u + solvers.cg(normal, right[None], iterations=30, tolerance=0.1).value[0]
+        right = packed(*adjoint(y - mask * fourier.fft2_raw(rho * c))) - alpha * packed(*u)
+        a, b = parts(solvers.cg(normal, right, iterations=30, tolerance=0.1).value)
+        return rho + a, g + b
 
-    u = torch.cat((torch.ones_like(y[:1]), torch.zeros_like(y)))
+    u = torch.ones_like(y[:1]), y.new_zeros(len(y), *W.shape)
     for n in range(steps):
         u = step(u, 0.5**n)
-    return scale * u[:1].roll(back, (-2, -1)), fourier.ifft2_raw(u[1:] / W).roll(back, (-2, -1))
+    return scale * u[0].roll(back, (-2, -1)), u[1] / W
 
 
 def _projection(block: Tensor, k: tuple[int, ...], threshold: float) -> Tensor:

@@ -47,6 +47,7 @@ _LOW = 48  # pixels that the grid of low frequencies has at least
 _SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again, but at the edges
 _DETAIL = 0.05  # standard deviation of details of images, over their scale
 _OPEN = 30  # conjugate gradient steps, at most, for what the data leave open; of many coils and little noise it takes that many
+_FITTED = 100  # conjugate gradient steps, at most, for other maps
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
 
 
@@ -125,6 +126,7 @@ class Draws:
         unsampled: power p of the share of k-space that is not, by which that factor falls; and
         coarse: spatial frequency ρ₀, in cycles per field of view, below which it grows with (ρ₀/ρ)³; so that intervals
             hold what they promise. All three fitted by `benchmarks/generative.py widths`.
+        maps: "resampled", each draw with coil maps of its own that the data allow as well, or "fixed", as they are.
         thin: steps between draws of the paper's energy, and
         burn_in: draws of each chain of it that do not count; ours begins each draw anew.
         inner: conjugate gradient steps, at most, with which the data are met at each.
@@ -138,6 +140,7 @@ class Draws:
     temperature: float = 1.0
     unsampled: float = 0.0
     coarse: float = 0.0
+    maps: str = "resampled"
     thin: int = 6
     burn_in: int = 1
     inner: int = 10
@@ -151,6 +154,8 @@ class Draws:
             or not all(0 <= v < math.inf for v in (self.start, self.noise, self.unsampled, self.coarse))
         ):
             raise errors.BadOption(f"found {self}, expected counts ≥ 1, temperature > 0, others ≥ 0", key="draws")
+        if self.maps not in ("fixed", "resampled"):
+            raise errors.BadOption(f"found {self.maps!r}, expected fixed or resampled", key="draws.maps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,13 +473,12 @@ class Generative(Reconstructor):
 
     def _down(
         self, x: Tensor, z: Tensor, grids: Sequence[_Grid], levels: Sequence[float], nu: float, noise: float, inner: int,
-        generator: torch.Generator, starts: int, quiet: bool = False,
+        generator: torch.Generator, starts: int,
     ) -> Tensor:  # fmt: skip
         """The way down: the step of `_descend` at each level, with fresh noise of `noise` times that level.
 
         Where noise hides whatever is finer, on a coarser grid: D sees further there, so gaps in the data fill from further
         away, and a step costs a fraction. With a coarse energy `starts` ways are gone on such grids, as far as that of low frequencies.
-        quiet: no fresh noise on the low frequencies that it sees to on the grid of the image: what it is shown there has its own.
         """
         low, k, count = None, 0, len(x)
         if self.coarse is not None and len(grids) > 1 and levels:
@@ -490,8 +494,6 @@ class Generative(Reconstructor):
             for sigma in stage:
                 beta = min(k, longest) / (min(k, longest) + 3)
                 fresh = _coloured(grid.energy, _white(x, generator))
-                if quiet and self.coarse is not None and low is not None and not coloured:
-                    fresh = fresh - self.coarse.below(fresh)
                 v = x + beta * (x - before) + share * grid.scale * sigma * fresh
                 clean = v - self._taken(v, grid, low, sigma, generator)
                 x, before = prox(clean, _row((sigma / nu) ** 2, x)[:, None, None]), x
@@ -674,6 +676,7 @@ class Generative(Reconstructor):
             "temperature": plan.temperature,
             "unsampled": plan.unsampled,
             "coarse": plan.coarse,
+            "maps": plan.maps,
             "bfloat16": self._quick(z),
         }
         return Reconstruction(
@@ -700,7 +703,8 @@ class Generative(Reconstructor):
 
         Each draw begins anew: at noise of its own and data with more noise, it goes the way down to the mode, with more
         noise on it, as Langevin's algorithm at falling temperature does. Moves know nothing of each other, and R̂ tells
-        whether there are enough; the chains of one move share its views. Where little is sampled, errors are larger than the
+        whether there are enough; with one coil, or fixed maps, the chains of one move share its views. With several, each draw has
+        maps of its own, for an error of maps is one of the image, see `Draws.maps`. Where little is sampled, errors are larger than the
         spread of draws: what this returns, moments too, is as drawn, and `forward` widens deviations by `Draws.temperature`.
         The paper's energy, which knows one level only, is drawn from by Langevin's algorithm, from the mode for data with
         more noise.
@@ -740,14 +744,26 @@ class Generative(Reconstructor):
             if not isinstance(self.energy, Homogeneous):
                 grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
                 levels = self._levels(grids, nu, self.mode.levels)
-                starts = (self.rough.starts + 1) // 2
+                starts, csm = (self.rough.starts + 1) // 2, getattr(B, "csm", None)
+
+                def down(data: Tensor, A: LinearOperator, grids: Sequence[_Grid]) -> Tensor:
+                    return self._down(
+                        begun(A.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator, starts
+                    )
+
+                if plan.maps == "fixed" or csm is None or csm.shape[1] == 1:
+                    return solvers.markov(
+                        lambda k, x: (down(other(), B, grids), None), b.expand(plan.chains, *b.shape[1:]), **common
+                    )
+                small = next((g for g in grids[::-1] if min(g.shape) >= _LOW), grids[0])
+                image = down(z, B, grids)
 
                 def move(k: int, x: Tensor) -> tuple[Tensor, None]:
-                    data = other()
-                    down = self._down(
-                        begun(B.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator, starts, quiet=True
-                    )
-                    return down, None
+                    draws = []
+                    for data in other().split(1):
+                        A = _with_maps(B, self._other_maps(image, small, B, nu, generator))
+                        draws.append(down(data, A, self._grids(z, A, nu, (b.shape[-2], b.shape[-1]))))
+                    return torch.cat(draws), None
 
                 return solvers.markov(move, b.expand(plan.chains, *b.shape[1:]), **common)
             data = other()
@@ -763,6 +779,44 @@ class Generative(Reconstructor):
                 gradient, start, step=min(self.energy.temperature, nu**2 / 4), generator=generator,
                 burn_in=plan.burn_in * plan.thin, thin=plan.thin, **common,
             )  # fmt: skip
+
+    def _other_maps(self, x: Tensor, grid: _Grid, A: LinearOperator, nu: float, generator: torch.Generator) -> Tensor:
+        """Maps c + δ that the data allow as well as the maps c of A: drawn, with the model made linear around an image x.
+
+            p(u, g | y) ∝ exp(−‖M F(c u + x δ) − ε‖² / ν² − ‖u‖² / d² − ‖W g‖² / s²),    δ = P g Q,  ⟨c, δ⟩ = 0 in every pixel
+
+        u are details of the image, as large as d, and P, Q and W those of `coils.map_series`; s makes δ as large as maps are, for
+        that is what is known of them before anything is measured. What δ has along c is brightness and phase, which are the
+        image's. Noise and both priors are drawn and one least-squares problem is solved: that has the covariance of p.
+
+        On `grid`, a coarse one, for maps are smooth.
+
+        Source: F. Orieux, O. Féron, J.-F. Giovannelli (2012), as in `posterior`.
+        """
+        c, x = _maps(grid.A), resized(x, grid.shape)[:, None]
+        single: LinearOperator = replace(grid.A, csm=None, shape=grid.shape)  # type: ignore[type-var]
+        weights = coils.map_series(grid.shape, x.device)[2]
+        prior = (1 / (weights * torch.linalg.vector_norm(1 / weights) * math.sqrt(c.shape[1]))).to(x.real)
+        level, pixels = grid.scale * nu, x.numel()
+
+        def series(c: Tensor, g: Tensor) -> Tensor:
+            rows, columns, _ = coils.map_series((c.shape[-2], c.shape[-1]), c.device)
+            return _across(c, rows.to(c) @ (prior * g.view(1, -1, *prior.shape)) @ columns.to(c))
+
+        def forward(v: Tensor) -> Tensor:
+            return (_DETAIL * v[:, :pixels].view_as(x) * c + x * series(c, v[:, pixels:])) / level
+
+        def adjoint(r: Tensor) -> Tensor:
+            rows, columns, _ = coils.map_series(grid.shape, c.device)
+            g = prior * (rows.to(c).mH @ _across(c, x.conj() * r) @ columns.to(c).mH)
+            return torch.cat(((_DETAIL * (c.conj() * r).sum(1)).flatten(1), g.flatten(1)), 1) / level
+
+        noise = adjoint(single.H(_white(single(c[0]), generator))[None])
+        v = solvers.cg(
+            lambda v: v + adjoint(single.gram(forward(v)[0])[None]), noise + _white(noise, generator),
+            iterations=_FITTED, tolerance=1e-3,
+        ).value  # fmt: skip
+        return coils.unit_maps(_maps(A) + series(_maps(A), v[:, pixels:]))
 
     def _wider(self, A: LinearOperator, nu: float) -> Callable[[Tensor], Tensor]:
         """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 − s)ᵖ (1 + (ρ₀/ρ)³) ≥ 1: draws that spread as errors do.
@@ -944,6 +998,11 @@ def _slope(energy: Homogeneous, u: Tensor) -> Tensor:
         u = u.detach().requires_grad_()
         (slope,) = torch.autograd.grad(energy.raw(u).sum(), u)
     return slope
+
+
+def _across(c: Tensor, d: Tensor) -> Tensor:
+    """What d has across maps c of unit norm, in every pixel."""
+    return d - c * (c.conj() * d).sum(1, keepdim=True)
 
 
 def _real(x: Tensor) -> Tensor:
