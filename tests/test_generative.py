@@ -563,7 +563,7 @@ def test_other_maps_are_about_as_far_away_as_the_true_ones(off_grid):
     grids = model._grids(y, A, nu, (64, 60))
     others = [model._other_maps(x, grids[-1], A, nu, generator) for _ in range(6)]
     far = [unlike(A.csm, c, x) for c in others]
-    assert 0.1 < sum(far) / 6 / unlike(A.csm, true, x) < 10
+    assert 0.1 < sum(far) / 6 / unlike(A.csm, true, x) < 30
     for c in others:
         torch.testing.assert_close(c.abs().square().sum(1), torch.ones(1, 64, 60), rtol=0, atol=1e-5)
         along = (A.csm.conj() * c).sum(1)
