@@ -789,11 +789,11 @@ class Generative(Reconstructor):
         that is what is known of them before anything is measured. What δ has along c is brightness and phase, which are the
         image's. Noise and both priors are drawn and one least-squares problem is solved: that has the covariance of p.
 
-        On `grid`, a coarse one, for maps are smooth.
+        On `grid`, a coarse one, for maps are smooth. Their norm, in every pixel, stays as it is.
 
         Source: F. Orieux, O. Féron, J.-F. Giovannelli (2012), as in `posterior`.
         """
-        c, x = _maps(grid.A), resized(x, grid.shape)[:, None]
+        c, x = coils.unit_maps(_maps(grid.A)), resized(x, grid.shape)[:, None]
         single: LinearOperator = replace(grid.A, csm=None, shape=grid.shape)  # type: ignore[type-var]
         weights = coils.map_series(grid.shape, x.device)[2]
         prior = (1 / (weights * torch.linalg.vector_norm(1 / weights) * math.sqrt(c.shape[1]))).to(x.real)
@@ -816,7 +816,9 @@ class Generative(Reconstructor):
             lambda v: v + adjoint(single.gram(forward(v)[0])[None]), noise + _white(noise, generator),
             iterations=_FITTED, tolerance=1e-3,
         ).value  # fmt: skip
-        return coils.unit_maps(_maps(A) + series(_maps(A), v[:, pixels:]))
+        size = torch.linalg.vector_norm(_maps(A), dim=1, keepdim=True)  # zero where maps were cut off, and so it stays
+        c = coils.unit_maps(_maps(A))
+        return size * coils.unit_maps(c + series(c, v[:, pixels:]))
 
     def _wider(self, A: LinearOperator, nu: float) -> Callable[[Tensor], Tensor]:
         """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 − s)ᵖ (1 + (ρ₀/ρ)³) ≥ 1: draws that spread as errors do.
