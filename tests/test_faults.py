@@ -392,12 +392,16 @@ def test_ctrl_c_of_a_running_export_leaves_nothing(tmp_path: Path, scan: Path, t
     """A real signal to a real process."""
     before = everything(tmp_path)
     command = [sys.executable, "-m", "tunemri", "export", "scan.h5", "-m", "tiny.safetensors", "-o", "range.html"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".tunemri-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    for _ in range(5):  # on a machine that is busy enough it may be done before this process gets to send the signal
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".tunemri-*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        (tmp_path / "range.html").unlink()
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "interrupted" and "Traceback" not in said
     assert everything(tmp_path) == before
