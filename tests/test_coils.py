@@ -72,15 +72,12 @@ def test_maps_agree_with_the_true_ones(name: str, mask: str, shape: tuple[int, i
 @pytest.mark.parametrize("name", METHODS)
 def test_slices_are_independent_and_scale_cancels(name: str) -> None:
     shape = (32, 24)
-    scan, truth = simulate(torch.stack((phantom(shape), phantom(shape, seed=1))), mask=make_mask("gaussian", shape, 3))
+    scan, _ = simulate(torch.stack((phantom(shape), phantom(shape, seed=1))), mask=make_mask("gaussian", shape, 3))
     assert scan.mask is not None
     both = MAPS[name](scan.kspace, scan.mask)
     alone = MAPS[name](scan.kspace[1:], scan.mask)
     assert torch.allclose(both[1:], alone, atol=1e-5)
-    assert torch.allclose(MAPS[name](scan.kspace * 2**-40, scan.mask), both, atol=1e-6), "nothing is rounded"
-    scaled = MAPS[name](scan.kspace * 1e-12, scan.mask)
-    assert torch.allclose(scaled, both, atol=1e-2), "in the dark, where a map is what is left of nothing"
-    assert torch.allclose(truth[:, None] * scaled, truth[:, None] * both, atol=1e-4)
+    assert torch.allclose(MAPS[name](scan.kspace * 1e-12, scan.mask), both, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -51,6 +51,9 @@ _WIDTH = 5.0  # of the weights of these cycles, which fall to 1/256 there
 _FIELD = 1.25  # fields of view that maps are periodic over: objects may reach the edge, and coils on both sides differ
 _ORDER = 12  # of the Fourier series of maps over these
 _STEPS = 17  # of Gauss and Newton
+_INNER = (
+    20  # conjugate gradient steps in each, at most: with more, maps are worse and hang on the last digits of the data
+)
 _CALIBRATION = 24  # side of the block that ESPIRiT looks at
 _ENOUGH = 12  # lines of a complete block: with fewer, ESPIRiT's kernel shrinks to what knows little of the coils
 _VISIBLE = 0.05  # of the brightest pixel: what nobody may lose
@@ -709,7 +712,7 @@ def _inverted(y: Tensor, mask: Tensor, steps: int = _STEPS) -> tuple[Tensor, Ten
             return packed(*adjoint(mask * fourier.fft2_raw(c * a + rho * spread(b)))) + alpha * d
 
         right = packed(*adjoint(y - mask * fourier.fft2_raw(rho * c))) - alpha * packed(*u)
-        a, b = parts(solvers.cg(normal, right, iterations=30, tolerance=0.1).value)
+        a, b = parts(solvers.cg(normal, right, iterations=_INNER, tolerance=0.1).value)
         return rho + a, g + b
 
     u = torch.ones_like(y[:1]), y.new_zeros(len(y), *W.shape)

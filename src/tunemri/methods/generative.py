@@ -482,7 +482,7 @@ class Generative(Reconstructor):
         """
         low, k, count = None, 0, len(x)
         if self.coarse is not None and len(grids) > 1 and levels:
-            low, sigma = next((g for g in grids[:0:-1] if min(g.shape) >= _LOW), grids[-1]), levels[0]
+            low, sigma = _low(grids), levels[0]
             x, z = (u.repeat_interleave(starts, 0) for u in (x, z.expand(count, *z.shape[1:])))
         for grid, stage in itertools.groupby(levels, lambda sigma: next(g for g in grids[::-1] if sigma > g.above)):
             if low is not None and len(x) > count and grid.scale > low.scale:
@@ -755,7 +755,7 @@ class Generative(Reconstructor):
                     return solvers.markov(
                         lambda k, x: (down(other(), B, grids), None), b.expand(plan.chains, *b.shape[1:]), **common
                     )
-                small = next((g for g in grids[::-1] if min(g.shape) >= _LOW), grids[0])
+                small = _low(grids)
                 image = down(z, B, grids)
 
                 def move(k: int, x: Tensor) -> tuple[Tensor, None]:
@@ -795,21 +795,22 @@ class Generative(Reconstructor):
         """
         c, x = coils.unit_maps(_maps(grid.A)), resized(x, grid.shape)[:, None]
         single: LinearOperator = replace(grid.A, csm=None, shape=grid.shape)  # type: ignore[type-var]
-        weights = coils.map_series(grid.shape, x.device)[2]
+        rows, columns, weights = coils.map_series(grid.shape, x.device)
+        rows, columns = rows.to(c), columns.to(c)
         prior = (1 / (weights * torch.linalg.vector_norm(1 / weights) * math.sqrt(c.shape[1]))).to(x.real)
         level, pixels = grid.scale * nu, x.numel()
 
-        def series(c: Tensor, g: Tensor) -> Tensor:
-            rows, columns, _ = coils.map_series((c.shape[-2], c.shape[-1]), c.device)
-            return _across(c, rows.to(c) @ (prior * g.view(1, -1, *prior.shape)) @ columns.to(c))
+        def series(v: Tensor) -> Tensor:
+            return prior * v[:, pixels:].view(1, -1, *prior.shape)
 
         def forward(v: Tensor) -> Tensor:
-            return (_DETAIL * v[:, :pixels].view_as(x) * c + x * series(c, v[:, pixels:])) / level
+            details = _DETAIL * v[:, :pixels].view_as(x)
+            return (details * c + x * _across(c, rows @ series(v) @ columns)) / level
 
         def adjoint(r: Tensor) -> Tensor:
-            rows, columns, _ = coils.map_series(grid.shape, c.device)
-            g = prior * (rows.to(c).mH @ _across(c, x.conj() * r) @ columns.to(c).mH)
-            return torch.cat(((_DETAIL * (c.conj() * r).sum(1)).flatten(1), g.flatten(1)), 1) / level
+            details = _DETAIL * (c.conj() * r).sum(1)
+            g = prior * (rows.mH @ _across(c, x.conj() * r) @ columns.mH)
+            return torch.cat((details.flatten(1), g.flatten(1)), 1) / level
 
         noise = adjoint(single.H(_white(single(c[0]), generator))[None])
         v = solvers.cg(
@@ -818,7 +819,8 @@ class Generative(Reconstructor):
         ).value  # fmt: skip
         size = torch.linalg.vector_norm(_maps(A), dim=1, keepdim=True)  # zero where maps were cut off, and so it stays
         c = coils.unit_maps(_maps(A))
-        return size * coils.unit_maps(c + series(c, v[:, pixels:]))
+        rows, columns, _ = coils.map_series((c.shape[-2], c.shape[-1]), c.device)
+        return size * coils.unit_maps(c + _across(c, rows.to(c) @ series(v) @ columns.to(c)))
 
     def _wider(self, A: LinearOperator, nu: float) -> Callable[[Tensor], Tensor]:
         """x ↦ x + (√T(ρ) − 1) (I + (d/ν)² AᴴA)⁻¹ x, T(ρ) = a (1 − s)ᵖ (1 + (ρ₀/ρ)³) ≥ 1: draws that spread as errors do.
@@ -962,6 +964,11 @@ class _Grid:
     energy: Any
     A: LinearOperator
     data: Callable[[Tensor], Tensor]
+
+
+def _low(grids: Sequence[_Grid]) -> _Grid:
+    """The one for low frequencies: the coarsest with enough points for them, or the coarsest there is."""
+    return next((g for g in grids[:0:-1] if min(g.shape) >= _LOW), grids[-1])
 
 
 def _coloured(energy: Any, x: Tensor) -> Tensor:
