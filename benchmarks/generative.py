@@ -292,7 +292,10 @@ def part_regression(options: argparse.Namespace) -> None:
 
 
 def part_posterior(options: argparse.Namespace) -> None:
-    """90 % intervals of both parts of every pixel of the object; correlation of standard deviation and error."""
+    """90 % intervals of both parts of every pixel of the object; correlation of standard deviation and error.
+
+    Of several coils, whose maps share the phase out between them and the image as they like, those of magnitudes.
+    """
     prior = loaded(options)
     planes = images(options, options.source)
     print(
@@ -305,16 +308,21 @@ def part_posterior(options: argparse.Namespace) -> None:
     picture: list[plots.Panel] = []
     for mask in patterns:
         numbers = []
-        for case in cases(planes, options.source, mask, patterns, 1):
+        for case in cases(planes, options.source, mask, patterns, options.coils):
             start = time.perf_counter()
             out = tunemri.reconstruct(case.scan, prior, estimate="mmse")
             seconds = time.perf_counter() - start
             assert out.variance is not None and case.reference is not None
             record = out.stats["chains"][0]
-            error, std = out.image - case.reference, out.variance.sqrt()
+            std = out.variance.sqrt()
+            if options.coils > 1:
+                error = out.image.abs() - case.reference.abs()
+                parts = error[..., None]
+            else:
+                error = out.image - case.reference
+                parts = torch.view_as_real(error)
             # E|x - mean|² counts both parts: each has half of it.
-            inside = torch.view_as_real(error).abs() <= 1.6449 * (std / math.sqrt(2))[..., None]
-            inside = inside.float().mean(-1)
+            inside = (parts.abs() <= 1.6449 * (std / math.sqrt(2))[..., None]).float().mean(-1)
             mode = tunemri.reconstruct(case.scan, prior, estimate="map").image
             scores = [metrics.psnr(x.abs(), case.reference.abs()) for x in (mode, out.image)]
             body = metrics.foreground(case.reference.abs())
@@ -611,7 +619,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="images (or masks, of `joint`)")
     parser.add_argument("--no-mmse", action="store_true", help="leave the posterior mean out of the tables")
     parser.add_argument("--size", type=int, default=0, help="side of the images; 0: as they are, 128 of `prior`")
-    parser.add_argument("--coils", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--coils", type=int, default=1, help="of the scans of `posterior`")
     parser.add_argument("--samples", type=int, help="of each chain, of the posterior; none: as the weights file says")
     parser.add_argument("--moves", type=int, default=20, help="per level of `prior`")
     parser.add_argument(
