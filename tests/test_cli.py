@@ -457,22 +457,8 @@ def test_evaluate_and_its_gate(run, image, tiny):
     folder = Path("images")
     folder.mkdir()
     image.rename(folder / "image.npy")
-    common = (
-        "evaluate",
-        "-m",
-        tiny,
-        "-m",
-        "wavelet",
-        "--data",
-        folder,
-        "--masks",
-        "poisson:3",
-        "radial:3",
-        "--tune",
-        "--grid",
-        2,
-    )
-    result = run(*common, "-o", "ev", "--json")
+    common = ("evaluate", "-m", tiny, "--data", folder, "--masks", "poisson:3", "radial:3", "--grid", 2)
+    result = run(*common, "-m", "wavelet", "--tune", "-o", "ev", "--json")
     assert result.code == 0, result.err
     # Two images, two masks; the trained model at two settings, the classical one at its best.
     assert len(Path("ev/rows.csv").read_text().splitlines()) == 1 + 2 * 2 * 3

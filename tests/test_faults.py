@@ -401,7 +401,8 @@ def test_ctrl_c_of_a_running_export_leaves_nothing(tmp_path: Path, scan: Path, t
         _, said = process.communicate(timeout=60)
         if process.returncode != 0:
             break
-        (tmp_path / "range.html").unlink()
+        for name in ("range.html", "range.html.json"):
+            (tmp_path / name).unlink()
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "interrupted" and "Traceback" not in said
     assert everything(tmp_path) == before
