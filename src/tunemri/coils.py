@@ -49,11 +49,9 @@ _GRID = 96  # points per axis on which ESPIRiT's matrices are decomposed: nine t
 _CENTRE = 64  # samples per axis from which nonlinear inversion finds maps of a few cycles
 _WIDTH = 5.0  # of the weights of these cycles, which fall to 1/256 there
 _FIELD = 1.25  # fields of view that maps are periodic over: objects may reach the edge, and coils on both sides differ
-_ORDER = 12  # of the Fourier series of maps over these
+_ORDER = 12  # highest order of the Fourier series of maps over that field
 _STEPS = 17  # of Gauss and Newton
-_INNER = (
-    20  # conjugate gradient steps in each, at most: with more, maps are worse and hang on the last digits of the data
-)
+_INNER = 20  # conjugate gradient steps in each, at most: with more, maps hang on the last digits of the data
 _CALIBRATION = 24  # side of the block that ESPIRiT looks at
 _ENOUGH = 12  # lines of a complete block: with fewer, ESPIRiT's kernel shrinks to what knows little of the coils
 _VISIBLE = 0.05  # of the brightest pixel: what nobody may lose
@@ -179,7 +177,7 @@ def espirit_maps(
 def nlinv_maps(kspace: Tensor, mask: Tensor, *, steps: int = _STEPS) -> Tensor:
     """Maps that explain the samples together with an image: regularised nonlinear inversion.
 
-        min ‖M F(ρ c_j) - y_j‖² + αₙ (‖ρ‖² + Σ_j ‖W g_j‖²),    c_j = P g_j Q,    αₙ = 2⁻ⁿ
+        min ‖M F(ρ c_j) - y_j‖² + αₙ (‖ρ‖² + N Σ_j ‖W g_j‖²),    c_j = P g_j Q,    αₙ = 2⁻ⁿ,  N samples
 
     in steps of Gauss and Newton from ρ = 1 and c = 0, with y scaled to a norm of 100; P, Q and W as in `map_series`
     leave the maps a few cycles, so that samples far from the centre can tell them from the image. That needs
@@ -334,15 +332,18 @@ def thinly_sampled(mask: Tensor, shape: tuple[int, int]) -> bool:
 def map_series(shape: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(P, Q, W) of maps P g Q that are smooth, and their weights: a few cycles over 5/4 of the field of view.
 
-        ‖W g‖²,    W = (1 + |k|²/5²)⁸,    k in cycles over the field of view
+        P_xk = exp(2πi x k / (5/4 h)),    ‖W g‖²,    W_kl = (1 + (k² + l²) / (5/4 · 5)²)⁸,    k, l = −12 … 12
 
-    Over the field itself they would be periodic, and coils on two sides of an object that reaches both edges are not alike.
+    Q likewise along columns; x counts from the middle. Over the field itself maps would be periodic, and coils on two sides of an
+    object that reaches both edges are not alike.
 
     Arguments:
-        shape: `(H, W)` of the image, its origin at N // 2.
+        shape: `(h, w)` of the image in pixels, its origin at h // 2, w // 2.
 
     Returns:
-        complex128 `(H, n)` and `(n, W)`, double `(n, n)`.
+        P and Q complex128 `(h, 25)` and `(25, w)`, W double `(25, 25)`.
+
+    Source: weights that grow with frequency are those of M. Uecker, T. Hohage, K. T. Block, J. Frahm (2008), see `nlinv_maps`.
     """
     order = torch.arange(2 * _ORDER + 1, device=device) - _ORDER
 

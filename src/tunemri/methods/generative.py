@@ -47,7 +47,8 @@ _LOW = 48  # pixels that the grid of low frequencies has at least
 _SHIFTS = 8  # pixels; further on, networks that halve the image three times do the same again, but at the edges
 _DETAIL = 0.05  # standard deviation of details of images, over their scale
 _OPEN = 30  # conjugate gradient steps, at most, for what the data leave open; of many coils and little noise it takes that many
-_FITTED = 100  # conjugate gradient steps, at most, for other maps
+_FITTED = 150  # conjugate gradient steps, at most, for other maps, and
+_FIT = 1e-2  # the share of the right-hand side that may be left
 _MOST = 1.25  # root mean square of what D takes away around a pixel, over σ
 
 
@@ -126,7 +127,8 @@ class Draws:
         unsampled: power p of the share of k-space that is not, by which that factor falls; and
         coarse: spatial frequency ρ₀, in cycles per field of view, below which it grows with (ρ₀/ρ)³; so that intervals
             hold what they promise. All three fitted by `benchmarks/generative.py widths`.
-        maps: "resampled", each draw with coil maps of its own that the data allow as well, or "fixed", as they are.
+        maps: "resampled", each draw of several coils with maps of its own that the data allow as well as those of the scan,
+            wherever these are from, or "fixed", as they are; the paper's energy knows fixed ones only.
         thin: steps between draws of the paper's energy, and
         burn_in: draws of each chain of it that do not count; ours begins each draw anew.
         inner: conjugate gradient steps, at most, with which the data are met at each.
@@ -676,7 +678,7 @@ class Generative(Reconstructor):
             "temperature": plan.temperature,
             "unsampled": plan.unsampled,
             "coarse": plan.coarse,
-            "maps": plan.maps,
+            "maps": plan.maps if self._varies(A) else "fixed",
             "bfloat16": self._quick(z),
         }
         return Reconstruction(
@@ -697,7 +699,7 @@ class Generative(Reconstructor):
         noise: float | None = None,
         observe: Callable[[Tensor], Tensor] | None = None,
         callback: Callable[[int, solvers.Moments], bool | None] | None = None,
-        **changes: float,
+        **changes: float | str | None,
     ) -> solvers.Chains:
         """Draw from the posterior of one slice.
 
@@ -744,14 +746,14 @@ class Generative(Reconstructor):
             if not isinstance(self.energy, Homogeneous):
                 grids = self._grids(z, B, nu, (b.shape[-2], b.shape[-1]))
                 levels = self._levels(grids, nu, self.mode.levels)
-                starts, csm = (self.rough.starts + 1) // 2, getattr(B, "csm", None)
+                starts = (self.rough.starts + 1) // 2
 
                 def down(data: Tensor, A: LinearOperator, grids: Sequence[_Grid]) -> Tensor:
                     return self._down(
                         begun(A.H(data)), data, grids, levels, nu, plan.noise, plan.inner, generator, starts
                     )
 
-                if plan.maps == "fixed" or csm is None or csm.shape[1] == 1:
+                if plan.maps == "fixed" or not self._varies(B):
                     return solvers.markov(
                         lambda k, x: (down(other(), B, grids), None), b.expand(plan.chains, *b.shape[1:]), **common
                     )
@@ -780,25 +782,42 @@ class Generative(Reconstructor):
                 burn_in=plan.burn_in * plan.thin, thin=plan.thin, **common,
             )  # fmt: skip
 
+    def _varies(self, A: LinearOperator) -> bool:
+        """Whether draws can have maps of their own."""
+        csm = getattr(A, "csm", None)
+        return csm is not None and csm.shape[1] > 1 and not isinstance(self.energy, Homogeneous)
+
     def _other_maps(self, x: Tensor, grid: _Grid, A: LinearOperator, nu: float, generator: torch.Generator) -> Tensor:
         """Maps c + δ that the data allow as well as the maps c of A: drawn, with the model made linear around an image x.
 
-            p(u, g | y) ∝ exp(−‖M F(c u + x δ) − ε‖² / ν² − ‖u‖² / d² − ‖W g‖² / s²),    δ = P g Q,  ⟨c, δ⟩ = 0 in every pixel
+            p(u, g) ∝ exp(−‖M F(c u + x δ)‖² / ν² − ‖u‖² / d² − ‖W g‖² / s²),    δ = P g Q,  ⟨c, δ⟩ = 0 in every pixel
 
-        u are details of the image, as large as d, and P, Q and W those of `coils.map_series`; s makes δ as large as maps are, for
-        that is what is known of them before anything is measured. What δ has along c is brightness and phase, which are the
-        image's. Noise and both priors are drawn and one least-squares problem is solved: that has the covariance of p.
+        What c and x leave of the data is taken for noise, so δ is drawn around zero. u are details of the image, as large as d,
+        and P, Q and W those of `coils.map_series`; s makes δ as large as maps are, for that is what is known of them before
+        anything is measured. What δ has along c is brightness and phase, which are the image's. Noise and both priors are
+        drawn and one least-squares problem is solved: that has the covariance of p, as nearly as it is solved.
 
         On `grid`, a coarse one, for maps are smooth. Their norm, in every pixel, stays as it is.
 
         Source: F. Orieux, O. Féron, J.-F. Giovannelli (2012), as in `posterior`.
         """
-        c, x = coils.unit_maps(_maps(grid.A)), resized(x, grid.shape)[:, None]
+        # Zero where maps were cut off, and so it stays.
+        size = torch.linalg.vector_norm(_maps(A), dim=1, keepdim=True)
+        c, x = coils.unit_maps(_maps(grid.A)), resized(x * size[:, 0], grid.shape)[:, None]
         single: LinearOperator = replace(grid.A, csm=None, shape=grid.shape)  # type: ignore[type-var]
         rows, columns, weights = coils.map_series(grid.shape, x.device)
         rows, columns = rows.to(c), columns.to(c)
         prior = (1 / (weights * torch.linalg.vector_norm(1 / weights) * math.sqrt(c.shape[1]))).to(x.real)
-        level, pixels = grid.scale * nu, x.numel()
+        level, pixels, count = grid.scale * nu, x.numel(), c.shape[1]
+        # Unknowns of which the data say much and little: scaled to the same diagonal, or the solver would never end.
+        told = torch.cat(
+            (
+                torch.full_like(x.real, _DETAIL**2).flatten(1),
+                (prior.square() * x.abs().square().sum()).flatten().repeat(count)[None],
+            ),
+            1,
+        )
+        even = (1 + told * _sampled(single, x[:, 0]) / level**2).rsqrt()
 
         def series(v: Tensor) -> Tensor:
             return prior * v[:, pixels:].view(1, -1, *prior.shape)
@@ -813,11 +832,10 @@ class Generative(Reconstructor):
             return torch.cat((details.flatten(1), g.flatten(1)), 1) / level
 
         noise = adjoint(single.H(_white(single(c[0]), generator))[None])
-        v = solvers.cg(
-            lambda v: v + adjoint(single.gram(forward(v)[0])[None]), noise + _white(noise, generator),
-            iterations=_FITTED, tolerance=1e-3,
+        v = even * solvers.cg(
+            lambda v: even * (even * v + adjoint(single.gram(forward(even * v)[0])[None])),
+            even * (noise + _white(noise, generator)), iterations=_FITTED, tolerance=_FIT,
         ).value  # fmt: skip
-        size = torch.linalg.vector_norm(_maps(A), dim=1, keepdim=True)  # zero where maps were cut off, and so it stays
         c = coils.unit_maps(_maps(A))
         rows, columns, _ = coils.map_series((c.shape[-2], c.shape[-1]), c.device)
         return size * coils.unit_maps(c + _across(c, rows.to(c) @ series(v) @ columns.to(c)))
