@@ -4,6 +4,7 @@
     python benchmarks/generative.py coils      the same with eight coils, in and out of distribution
     python benchmarks/generative.py posterior  intervals against errors, growth with acceleration, mixing of the chains
     python benchmarks/generative.py widths     how much wider than the draws errors are: `temperature` and `coarse` of a recipe
+    python benchmarks/generative.py maps       how far the maps of draws and the true ones lie from those estimated
     python benchmarks/generative.py adapted    another anatomy: the weight from `tunemri choose`, without a reference
     python benchmarks/generative.py regression the weight by a line through training subjects, against 1 and the best
     python benchmarks/generative.py joint      image and coil maps together, few calibration lines, simulated and raw scans
@@ -45,10 +46,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tunemri
+from tunemri import coils as coil_maps
 from tunemri import datasets, evaluation, landscape, methods, metrics, plots, solvers, training, tuning
 from tunemri.evaluation import Case, Contestant, Row
 from tunemri.fourier import crop, fft2, ifft2
 from tunemri.masks import make_mask
+from tunemri.methods import generative as prior_code
 from tunemri.methods.classical import TotalVariation, ZeroFilled
 from tunemri.methods.generative import Generative
 from tunemri.operators import Cartesian, encoding
@@ -105,13 +108,19 @@ def cases(
     patterns: dict[str, Any],
     coils: int,
     phase: float = 0.5,
+    true_maps: bool = False,
 ) -> Iterator[Case]:
-    """The images under one pattern; an image has the same phase, noise and coils under all of them."""
+    """The images under one pattern; an image has the same phase, noise and coils under all of them.
+
+    Coil maps are found as by default, or the true ones.
+    """
     family, acceleration, options = patterns[mask]
     for i, x in enumerate(planes):
         seed = int.from_bytes(hashlib.sha256(f"{source}/{i}".encode()).digest()[:3])
         pattern = make_mask(family, (x.shape[0], x.shape[1]), acceleration, seed=seed, **options)
-        scan, target = simulate(x[None], mask=pattern, coils=coils, noise=NOISE, phase=phase, seed=seed)
+        scan, target = simulate(
+            x[None], mask=pattern, coils=coils, noise=NOISE, phase=phase, store_maps=true_maps, seed=seed
+        )
         scan = replace(scan, csm=methods.prepare(scan).csm)
         yield Case(name=f"{source}/{i}", scan=scan, reference=target, labels={"mask": mask, "source": source})
 
@@ -416,6 +425,34 @@ def part_widths(options: argparse.Namespace) -> None:
     )
 
 
+def part_maps(options: argparse.Namespace) -> None:
+    """Share of coil images that estimated maps leave unexplained: of those that draws have, and of the true ones.
+
+    The prior sees the reference where it would see a first image; the validation images are those that `posterior` does not show.
+    """
+    prior = loaded(options)
+    print("coil images that estimated maps leave unexplained [%]: maps drawn, mean of six / true maps")
+    for source, mask in itertools.product(("ixi", "knee"), PARALLEL):
+        planes, found = images(options, source, other=True), []
+        for x, case in zip(planes, cases(planes, source, mask, PARALLEL, 8, true_maps=True), strict=True):
+            assert case.reference is not None and case.scan.csm is not None
+            ready = normalise(methods.prepare(replace(case.scan, csm=None)))
+            A, z = encoding(ready).preconditioned(ready.kspace)
+            nu = float(ready.noise_std or 0) * prior_code._gain(A)
+            image = (case.reference / ready.scale[:, None, None]).to(z)
+            grids = prior._grids(z, A, nu, (x.shape[0], x.shape[1]))
+            generator = torch.Generator().manual_seed(options.seed)
+            drawn = [prior._other_maps(image, prior_code._low(grids), A, nu, generator) for _ in range(6)]
+
+            def far(maps: Tensor, image: Tensor = image, csm: Tensor = A.csm) -> float:
+                power = image.abs().square()
+                left = 1 - (coil_maps.unit_maps(csm).conj() * coil_maps.unit_maps(maps)).sum(1).abs().square()
+                return float((left * power).sum() / power.sum())
+
+            found.append((statistics.fmean(map(far, drawn)), far(case.scan.csm)))
+        print(f"{source:8} {mask:28}" + "   ".join(f"{100 * a:.4f} / {100 * b:.4f}" for a, b in found), flush=True)
+
+
 def part_joint(options: argparse.Namespace) -> None:
     """4×, 4 % of the lines for calibration: maps by ESPIRiT, by nonlinear inversion, or together with the image."""
     prior = tunemri.load(options.model)
@@ -599,7 +636,8 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
 
 
 PARTS = {
-    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "widths": part_widths, "adapted": part_adapted,
+    "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "widths": part_widths, "maps": part_maps,
+    "adapted": part_adapted,
     "regression": part_regression, "joint": part_joint,
     "speed": part_speed, "one": part_one, "prior": part_prior, "compare": part_compare,
 }  # fmt: skip
