@@ -323,23 +323,20 @@ def part_posterior(options: argparse.Namespace) -> None:
             seconds = time.perf_counter() - start
             assert out.variance is not None and case.reference is not None
             record = out.stats["chains"][0]
-            std = out.variance.sqrt()
-            if options.coils > 1:
-                error = out.image.abs() - case.reference.abs()
-                parts = error[..., None]
-            else:
-                error = out.image - case.reference
-                parts = torch.view_as_real(error)
+            std, pair = out.variance.sqrt(), (out.image, case.reference)
+            estimate, truth = pair if options.coils == 1 else map(torch.abs, pair)
+            error = estimate - truth
+            parts = torch.view_as_real(error) if error.is_complex() else error[..., None]
             # E|x - mean|² counts both parts: each has half of it.
             inside = (parts.abs() <= 1.6449 * (std / math.sqrt(2))[..., None]).float().mean(-1)
             mode = tunemri.reconstruct(case.scan, prior, estimate="map").image
             scores = [metrics.psnr(x.abs(), case.reference.abs()) for x in (mode, out.image)]
             body = metrics.foreground(case.reference.abs())
-            pair = torch.stack((std[body], error.abs()[body]))
+            both = torch.stack((std[body], error.abs()[body]))
             top = float(case.reference.abs().max())
             numbers.append(
                 (
-                    float(inside[body].mean()), float(inside.mean()), float(torch.corrcoef(pair)[0, 1]),
+                    float(inside[body].mean()), float(inside.mean()), float(torch.corrcoef(both)[0, 1]),
                     float(torch.corrcoef(torch.stack((std.flatten(), error.abs().flatten())))[0, 1]),
                     float(std[body].mean()) / top, record["mixed"], record["effective"], seconds, *scores,
                 )
@@ -637,8 +634,7 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str) -> None:
 
 PARTS = {
     "masks": part_masks, "coils": part_coils, "posterior": part_posterior, "widths": part_widths, "maps": part_maps,
-    "adapted": part_adapted,
-    "regression": part_regression, "joint": part_joint,
+    "adapted": part_adapted, "regression": part_regression, "joint": part_joint,
     "speed": part_speed, "one": part_one, "prior": part_prior, "compare": part_compare,
 }  # fmt: skip
 
